@@ -1,0 +1,1 @@
+"""The optimizer: buckets, groups, guard, context, and the class around them."""

@@ -1,0 +1,103 @@
+"""Attach: what a model, or its parameters' names, tell of roles and pairs reaches an optimizer."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from ..config import AutomagicConfig, option_names
+from .groups import fill_group, is_stepped, schedule_factor
+from .pairs import ALIGNED
+
+Groups = list[dict[str, Any]]
+Reader = Callable[..., Groups]
+
+# Who sorts parameters into groups by role, and what it reads. peft.py puts itself here: it knows the layers of models,
+# and stands above this file.
+READERS: dict[Literal["model", "names"], Reader] = {}
+
+SHARED = ("counters", "events", "context_state", "host_steps")  # the whole optimizer's, kept in its first group
+PER_PARAMETER = (*ALIGNED, "param_names", "block_sizes")  # lists of a group with one entry for each parameter
+
+
+def read_names(params: Any, weight_decay: float) -> Any:
+    """Sorts (name, parameter) pairs into groups by role, with pairs; anything else is returned as it is."""
+    if isinstance(params, Tensor):
+        return params
+    params = list(params)
+    is_named = bool(params) and all(isinstance(entry, tuple) for entry in params)
+    return READERS["names"](params, weight_decay=weight_decay) if is_named else params
+
+
+def attached_groups(
+    groups: Sequence[dict[str, Any]], model: nn.Module, config: AutomagicConfig, new_modules: Iterable[str] = ()
+) -> Groups:
+    """Splits an optimizer's groups by role, with the names, scalings and pairs that the model tells.
+
+    Options that a group has for itself, its tuned rate and its schedule go on in each of its parts. Parameters of
+    another model stay as they are; frozen ones are left out, so that the groups are those of `param_groups(model)`.
+
+    Args:
+        groups: filled param groups.
+        model: whose parameters they are.
+        config: the optimizer's options.
+        new_modules: names of freshly initialised modules.
+
+    Raises:
+        ValueError: the model trains none of the parameters.
+    """
+    new_modules = (new_modules,) if isinstance(new_modules, str) else tuple(new_modules)
+    parts: Groups = []
+    told = 0
+    for group in groups:
+        entries = READERS["model"](model, weight_decay=group["weight_decay"], new_modules=new_modules)
+        known = list(_told_parts(group, entries, config))
+        rest = _rest(group, known)
+        told += len(known)
+        parts += [*known, *rest]
+    if not told:
+        raise ValueError(
+            f"{type(model).__name__} trains none of this optimizer's parameters; attach the model that they belong to"
+        )
+    parts[0] |= {key: groups[0][key] for key in SHARED if key in groups[0]}
+    return parts
+
+
+def _told_parts(group: Mapping[str, Any], entries: Groups, config: AutomagicConfig) -> Iterator[dict[str, Any]]:
+    """Yields the part of a group that each of the model's groups tells of."""
+    place = {id(param): i for i, param in enumerate(group["params"])}
+    own = _own_options(group, config)
+    schedule = schedule_factor(group)
+    fixed = {*option_names(), *SHARED, *PER_PARAMETER, "params", "initial_lr"}
+    brought = {key: value for key, value in group.items() if key not in fixed}
+    for entry in entries:
+        chosen = [i for i, param in enumerate(entry["params"]) if id(param) in place]
+        if chosen:
+            here = [place[id(entry["params"][i])] for i in chosen]
+            told = {**entry, **_pick(entry, chosen)}
+            part = fill_group({**brought, **own, **_pick(group, here), **told}, config)
+            yield part | {"lr": part["initial_lr"] * schedule}
+
+
+def _rest(group: dict[str, Any], known: Groups) -> Groups:
+    """Returns what is left of a group, nothing where the model knows all that is trained."""
+    told = {id(param) for part in known for param in part["params"]}
+    left = [i for i, param in enumerate(group["params"]) if id(param) not in told and is_stepped(param)]
+    if group["params"] and not left:
+        return []
+    return [{key: value for key, value in group.items() if key not in SHARED} | _pick(group, left)]
+
+
+def _pick(group: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
+    """Returns a group's parameters and all that it tells of them one by one, for some of them."""
+    return {key: [group[key][i] for i in chosen] for key in ("params", *PER_PARAMETER) if group.get(key)}
+
+
+def _own_options(group: Mapping[str, Any], config: AutomagicConfig) -> dict[str, Any]:
+    """Returns the options that a group was given for itself: those that its role alone does not explain."""
+    plain = fill_group({"role": group["role"], "is_full_weight": group["is_full_weight"]}, config)
+    own = {name: group[name] for name in option_names() if name != "lr" and group[name] != plain[name]}
+    if group["initial_lr"] == plain["initial_lr"]:
+        return own
+    ratio = plain["initial_lr"] / config.lr if config.lr else 1.0  # fill_group multiplies B's with it
+    return own | {"lr": group["initial_lr"] / ratio}

@@ -1,0 +1,84 @@
+"""state_dict in and out: plain tensors with their own storage, restored in the dtype they were saved in."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..config import STORAGE_OPTIONS, option_names
+
+
+class _Kept:
+    """Carries a tensor through torch's loader, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def pack_state(packed: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state_dict whose tensors own their storage, and not a view into a stack."""
+    return {**packed, **{key: _map_tensors(packed[key], Tensor.clone) for key in ("state", "param_groups")}}
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_tensors(item, change) for item in value]
+    return value
+
+
+def load_packed_state(
+    optimizer: Any, torch_load: Callable[[dict[str, Any]], None], state_dict: dict[str, Any]
+) -> None:
+    """Loads a state_dict through torch's own loader, keeping every dtype, onto each parameter's device.
+
+    Args:
+        optimizer: an Automagic.
+        torch_load: torch.optim.Optimizer.load_state_dict, bound.
+        state_dict: as `pack_state` returned it.
+
+    Raises:
+        ValueError: the groups do not fit, or the file was written by a newer version.
+    """
+    schema = optimizer.param_groups[0]["schema"] if optimizer.param_groups else 0
+    for group in state_dict["param_groups"]:
+        saved = group.get("schema")
+        if saved is None:
+            raise ValueError(
+                "this state_dict was not written by hf_automagic; start the optimizer fresh, or resume with "
+                "the optimizer that wrote it"
+            )
+        if saved > schema:
+            raise ValueError(
+                f"this state_dict has schema {saved}, this version reads up to {schema}; upgrade hf_automagic"
+            )
+    own = [dict(group) for group in optimizer.param_groups]
+    torch_load({**state_dict, "state": _map_tensors(state_dict["state"], _Kept)})
+    for group, before in zip(optimizer.param_groups, own, strict=True):
+        # an option that the file's version did not have keeps the value that it has here
+        kept = [name for name in option_names() if name in STORAGE_OPTIONS or name not in group]
+        group |= {name: before[name] for name in kept}
+    names = {id(p): name for group in optimizer.param_groups for p, name in _named(group)}
+    for param, state in optimizer.state.items():
+        for name, kept in state.items():
+            if isinstance(kept, _Kept):
+                _check_shape(names.get(id(param), "a parameter"), name, kept.tensor, param)
+                state[name] = kept.tensor.detach().to(param.device, copy=True)
+
+
+def _named(group: dict[str, Any]) -> list[tuple[Tensor, str]]:
+    names = group.get("param_names") or [f"parameter {i} of role {group['role']}" for i in range(len(group["params"]))]
+    return list(zip(group["params"], names, strict=True))
+
+
+def _check_shape(owner: str, name: str, saved: Tensor, param: Tensor) -> None:
+    """Raises where a state as large as its parameter belongs to a parameter of another shape."""
+    rows = param.shape[0] if param.ndim else 1
+    if saved.ndim > 1 and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
+        raise ValueError(
+            f"the saved {name} of {owner} has shape {tuple(saved.shape)}, the parameter {tuple(param.shape)}: it "
+            "belongs to another model; resume with the model that was trained, in the same order of parameters"
+        )

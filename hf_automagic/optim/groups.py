@@ -1,0 +1,149 @@
+"""Param groups: options checked and filled in, rails by role, and the rate that a group really steps with."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AutomagicConfig, make_config, option_names
+from .roles import Role
+
+logger = logging.getLogger(__name__)
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]:
+    """Completes a param group: every option that it does not set itself, its role, rails and starting rate.
+
+    The group's own rails win; otherwise full weights get theirs scaled down, and B of a LoRA its rate and upper rail
+    scaled up by `loraplus_lr_ratio`.
+
+    Args:
+        group: as given to the optimizer; keys beside the options are `role`, `is_full_weight` and what peft.py adds.
+        config: the optimizer's options.
+
+    Raises:
+        ValueError: an option is outside its bounds, or the role does not exist.
+    """
+    own = {name: group[name] for name in option_names() if name in group}
+    lr = own.pop("lr", config.lr)
+    options = vars(config.replace(**own, lr=float(lr) if not isinstance(lr, Tensor) else config.lr))
+    role = _role(group.get("role", Role.ADAPTER))
+    is_full_weight = bool(group.get("is_full_weight", role.is_full_weight))
+    ratio = options["loraplus_lr_ratio"] if role.is_lora_B else 1.0
+    lower = 1.0 if "min_lr" in own or not is_full_weight else options["full_weight_lr_scale"]
+    upper = 1.0 if "max_lr" in own or not is_full_weight else options["full_weight_lr_scale"]
+    filled = {
+        **group,
+        **options,
+        "role": role.value,
+        "is_full_weight": is_full_weight,
+        "lr": lr * ratio,
+        "min_lr": options["min_lr"] * lower,
+        "max_lr": options["max_lr"] * upper * (1.0 if "max_lr" in own else ratio),
+    }
+    if not (role.decays or "weight_decay" in own):
+        filled["weight_decay"] = 0.0
+    filled.setdefault("initial_lr", filled["lr"])
+    return filled
+
+
+def _role(name: str) -> Role:
+    try:
+        return Role(name)
+    except ValueError as error:
+        raise ValueError(f"role must be one of {', '.join(r.value for r in Role)}, got {name!r}") from error
+
+
+def group_config(group: Mapping[str, Any]) -> AutomagicConfig:
+    """Reads a filled group's options back as a config."""
+    options = {name: group[name] for name in option_names()}
+    return make_config({**options, "lr": float(group["initial_lr"])})
+
+
+def check_param(param: Tensor, name: str) -> None:
+    """Raises where a parameter is of a kind that cannot be optimised.
+
+    Raises:
+        TypeError: the dtype is not a real floating type that torch computes with.
+    """
+    if param.dtype not in SUPPORTED_DTYPES:
+        kinds = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
+        kind = str(param.dtype).removeprefix("torch.")
+        raise TypeError(
+            f"{name} is {kind}, and Automagic steps {kinds}; cast it, or freeze it with requires_grad_(False)"
+        )
+
+
+def is_stepped(param: Tensor) -> bool:
+    """Whether a parameter needs states: frozen ones, all of a base model's in a plain list of parameters, do not."""
+    return param.requires_grad or param.grad is not None
+
+
+def parameter_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of all parameters in order, made up from their role where a group brings none."""
+    names: list[str] = []
+    for group in groups:
+        own = group.get("param_names") or group.get("names") or ()
+        names += own or [f"parameter {len(names) + i} ({group['role']})" for i in range(len(group["params"]))]
+    return names
+
+
+def warn_of_high_start(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Says once that a starting rate lies above its rail."""
+    for group in groups:
+        if group["self_tuning"] and not isinstance(group["lr"], Tensor) and group["initial_lr"] > group["max_lr"]:
+            logger.warning(
+                "lr %.3g lies above max_lr %.3g of role %s: the run starts at the rail. Raise max_lr to step faster.",
+                group["initial_lr"],
+                group["max_lr"],
+                group["role"],
+            )
+            return
+
+
+def schedule_factor(group: Mapping[str, Any]) -> float | Tensor:
+    """Returns the scheduler's share of the rate, group["lr"] / initial_lr; 0 where the rate starts from 0."""
+    start = group["initial_lr"]
+    return group["lr"] / start if start else 0.0
+
+
+def effective_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Tensor) -> Tensor:
+    """Returns the rate that the next step applies, base_lr * M  # [], float32."""
+    return base_lr(group, multiplier, applied_steps) * multiplier
+
+
+def base_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Tensor) -> Tensor:
+    """Returns the rate that the context's multiplier M is yet to multiply  # [], float32.
+
+    schedule * clamp(initial_lr * exp(log_rate), min_lr, max_lr / max(M, 1)); where self-tuning is off, group["lr"].
+
+    Args:
+        group: a filled group.
+        multiplier: M of the context controller  # []
+        applied_steps: steps done so far, for `warmup_steps`  # []
+    """
+    if group["self_tuning"]:
+        tuned = group["initial_lr"] * group["log_rate"].exp()
+        rate = tuned.clamp_min(group["min_lr"]).minimum(group["max_lr"] / multiplier.clamp_min(1.0))
+        rate = schedule_factor(group) * rate
+    else:
+        rate = torch.ones_like(multiplier) * group["lr"]
+    if group["warmup_steps"]:
+        rate = rate * ((applied_steps + 1) / group["warmup_steps"]).clamp_max(1.0)
+    return rate
+
+
+def log_rate_limits(groups: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Returns where a log rate shared by the groups meets the first and the last of their rails  # (lower, upper)"""
+    lower, upper = math.inf, -math.inf
+    for group in groups:
+        start = float(group["initial_lr"])
+        if start > 0:
+            lower = min(lower, math.log(max(group["min_lr"], 1e-38) / start))
+            upper = max(upper, math.log(max(group["max_lr"], 1e-38) / start))
+    return (lower, upper) if lower <= upper else (0.0, 0.0)

@@ -1,0 +1,86 @@
+"""The guard: a step with a non-finite gradient changes nothing, and is counted on the device."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientCheck:
+    """What the first look at all gradients found, on the device of the first of them.
+
+    Args:
+        finite: whether every element is  # [], bool
+        offender: position of the first parameter with a non-finite element, -1 without one  # [], int64
+        clip: factor that brings the gradients to `max_grad_norm`, None without that option  # []
+    """
+
+    finite: Tensor
+    offender: Tensor
+    clip: Tensor | None
+
+
+def check_gradients(grads: Sequence[Tensor], positions: Sequence[int], max_grad_norm: float | None) -> GradientCheck:
+    """Looks at every gradient once, before anything is changed.
+
+    Args:
+        grads: gradients of one or several devices, not empty.
+        positions: the parameters' stable numbers.
+        max_grad_norm: largest total L2 norm, None for no clipping.
+    """
+    filled = [(g, i) for g, i in zip(grads, positions, strict=True) if g.numel()]
+    device = grads[0].device
+    if not filled:
+        one = torch.ones((), device=device)
+        return GradientCheck(one > 0, one.to(torch.int64) * -1, None if max_grad_norm is None else one)
+    largest = _norms([g for g, _ in filled], float("inf"), device)
+    bad = ~largest.isfinite()
+    first = _position_of_first(bad, [i for _, i in filled])
+    clip = None
+    if max_grad_norm is not None:
+        norm = torch.linalg.vector_norm(_norms([g for g, _ in filled], 2.0, device))
+        clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+    return GradientCheck(~bad.any(), first, clip)
+
+
+def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> Tensor:
+    """Returns the norm of each gradient  # [k], float32"""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, grad in enumerate(grads):
+        by_kind.setdefault((grad.device, grad.dtype), []).append(i)
+    norms: list[Tensor] = [grads[0]] * len(grads)
+    for indices in by_kind.values():
+        some = torch._foreach_norm([grads[i] for i in indices], order, dtype=torch.float32 if order == 2.0 else None)
+        for i, norm in zip(indices, some, strict=True):
+            norms[i] = norm.to(device=device, dtype=torch.float32, non_blocking=True)
+    return torch.stack(norms)
+
+
+def _position_of_first(bad: Tensor, positions: Sequence[int]) -> Tensor:
+    """Returns the position of the first bad gradient, -1 without one  # [], int64"""
+    table = _table(tuple(positions), bad.device)
+    return torch.where(bad.any(), table[bad.to(torch.int64).argmax().reshape(1)].squeeze(0), -1)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    """Keeps the positions on the device: a copy from the host would make every step wait."""
+    return torch.tensor(positions, device=device, dtype=torch.int64)
+
+
+def new_counters(device: torch.device) -> dict[str, Tensor]:
+    """Creates the device counters of an optimizer: applied and skipped steps, skipped ones in a row, last offender."""
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return {"applied": zero, "skipped": zero.clone(), "consecutive": zero.clone(), "offender": zero - 1}
+
+
+def count_step(counters: dict[str, Tensor], check: GradientCheck) -> None:
+    """Counts a step that was applied or skipped, in place."""
+    finite = check.finite
+    counters["applied"] += finite
+    counters["skipped"] += ~finite
+    counters["consecutive"].copy_(torch.where(finite, 0, counters["consecutive"] + 1))
+    counters["offender"].copy_(torch.where(finite, counters["offender"], check.offender))

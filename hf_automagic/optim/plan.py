@@ -1,0 +1,89 @@
+"""The plan of a step: which parameters step together, and the tensors of the optimizer as a whole."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantization import QuantizationStrategy
+from .bucket import Bucket
+from .context import fit_context
+from .events import new_events
+from .groups import group_config, is_stepped
+from .guard import new_counters
+from .pairs import PairView
+from .storage import codecs_of_group
+
+logger = logging.getLogger(__name__)
+
+
+class Plan:
+    """The buckets of some param groups, and the pairs that lie in them; made anew where groups or options change.
+
+    Args:
+        groups: filled param groups.
+        strategy: decides what is stored in few bits, None for the options alone.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], strategy: QuantizationStrategy | None) -> None:
+        """Sorts the parameters into buckets; allocates nothing."""
+        self.buckets = _sort_into_buckets(groups, strategy)
+        self.pairs = PairView(groups, self.buckets)
+
+    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the groups still hold the same parameters, of the same kind, with the same options."""
+        planned = {id(p) for _, bucket in self.buckets for p in bucket.params}
+        present = {id(p) for group in groups for p in group["params"] if is_stepped(p)}
+        return planned == present and all(
+            group_config(groups[index]) == bucket.config
+            and all((p.device, p.dtype) == (bucket.device, bucket.dtype) for p in bucket.params)
+            for index, bucket in self.buckets
+        )
+
+    def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
+        converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
+        if converted:
+            logger.info("the states of %d parameters were stored in another way and have been converted", converted)
+
+
+def _sort_into_buckets(
+    groups: Sequence[Mapping[str, Any]], strategy: QuantizationStrategy | None
+) -> list[tuple[int, Bucket]]:
+    """Returns (number of the group, bucket), in the order of the parameters."""
+    kinds: dict[Any, tuple[list[Tensor], list[int]]] = {}
+    position = 0
+    for index, group in enumerate(groups):
+        for param, codecs in zip(group["params"], codecs_of_group(group, strategy), strict=True):
+            if is_stepped(param):
+                kind = (index, codecs, param.shape, param.dtype, param.device)
+                params, positions = kinds.setdefault(kind, ([], []))
+                params.append(param)
+                positions.append(position)
+            position += 1
+    return [
+        (index, Bucket(params, positions, group_config(groups[index]), codecs, groups[index]["is_full_weight"]))
+        for (index, codecs, *_), (params, positions) in kinds.items()
+    ]
+
+
+def shared_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:
+    """Says where counters, events, context and rates live: with the first parameter."""
+    return next((group["params"][0].device for group in groups if group["params"]), torch.device("cpu"))
+
+
+def prepare_shared(groups: Sequence[dict[str, Any]]) -> None:
+    """Creates what belongs to the optimizer as a whole, or brings it to its device after a load.
+
+    Every group has its `log_rate`; the first one also keeps the counters, the events and the context.
+    """
+    device = shared_device(groups)
+    for group in groups:
+        group["log_rate"] = group.setdefault("log_rate", torch.zeros((), device=device)).to(device)
+    for name, make in (("counters", new_counters), ("events", new_events)):
+        kept = groups[0].get(name) or make(device)
+        groups[0][name] = {key: tensor.to(device) for key, tensor in kept.items()}
+    if any(group["context"] for group in groups):
+        fit_context(groups[0], device)

@@ -1,0 +1,57 @@
+"""The tuned rates between two steps: pooled sums of one step become the rates of the next."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..transforms.self_tuning import agreement_cosine, log_rate_step
+from .groups import log_rate_limits
+
+
+class BucketSums(NamedTuple):
+    """What a bucket measured in a step: the group it belongs to, its pooled sums, the elements that took part."""
+
+    group: int
+    pool: dict[str, Tensor]
+    numel: int
+
+
+def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums], finite: Tensor, lr_pool: str) -> None:
+    """Moves the log rate of each pool of groups; what it decides takes effect in the next step.
+
+    Args:
+        groups: filled param groups.
+        measured: the sums of all buckets.
+        finite: whether the step was applied; otherwise nothing moves  # [], bool
+        lr_pool: 'global' or 'group'.
+    """
+    for members in _pools(groups, lr_pool):
+        parts = [sums for sums in measured if sums.group in members and sums.pool]
+        if not parts:
+            continue
+        tuned = [groups[i] for i in members]
+        cosine = agreement_cosine(add_pools(finite.device, [sums.pool for sums in parts]))
+        change = log_rate_step(cosine, sum(sums.numel for sums in parts), tuned[0]["lr_speed"])
+        lower, upper = log_rate_limits(tuned)
+        for group in tuned:
+            moved = (group["log_rate"] + change).clamp(lower, upper)
+            group["log_rate"] = torch.where(finite, moved, group["log_rate"])
+
+
+def _pools(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
+    """Lists the groups that share a tuned rate."""
+    tuned = [i for i, group in enumerate(groups) if group["self_tuning"]]
+    if lr_pool == "group":
+        return [[i] for i in tuned]
+    return [tuned] if tuned else []
+
+
+def add_pools(device: torch.device, pools: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Adds up the sums of several buckets, in order, on one device; nothing where there are none  # each []"""
+    return {name: _sum_on(device, [pool[name] for pool in pools]) for name in (pools[0] if pools else ())}
+
+
+def _sum_on(device: torch.device, values: Iterable[Tensor]) -> Tensor:
+    return torch.stack([value.to(device) for value in values]).sum()

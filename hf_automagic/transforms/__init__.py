@@ -1,0 +1,1 @@
+"""The algorithm: one idea a file, pure functions on stacks of matrices."""

@@ -1,0 +1,62 @@
+"""Confidence: where the gradient keeps missing its own average, the step is shortened."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .core import Measured, State, StateSpec, StepContext, Transform, bias_correction
+
+RESIDUAL_FLOOR = 2.0**-20  # of the mean square: a gradient that never misses must not divide by zero
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence(Transform):
+    """Divides the momentum by row and column estimates of its residual U = (u - m)^2 (CAME, arXiv 2307.02047).
+
+    Against the paper, m enters U uncorrected (corrected, the first step divides by zero), the averages are floored and
+    bias-corrected, so that the first step is as long as the hundredth.
+
+    Args:
+        beta3: decay of the residual's averages. Larger reacts later to a gradient that becomes unsteady.
+        eps: added to U.
+        floor: U stays above this share of the update's mean square; 0 in the paper.
+        corrected: whether the zero start is corrected for; the paper does not.
+    """
+
+    beta3: float
+    eps: float
+    floor: float = RESIDUAL_FLOOR
+    corrected: bool = True
+
+    def states(self) -> tuple[StateSpec, ...]:
+        """Declares the two averages."""
+        meaning = "average of the momentum's squared residual over each"
+        return (
+            StateSpec("exp_avg_res_row", "rows", f"{meaning} row", quantizes=True),
+            StateSpec("exp_avg_res_col", "cols", f"{meaning} column", quantizes=True),
+        )
+
+    def measure(self, update: Tensor, state: State, context: StepContext) -> Measured:
+        """Sums the residual over rows and over columns."""
+        residual = (state["normalized"] - state["exp_avg"]).square()
+        seen = self._floored(residual.mean(-1), state)
+        row = torch.lerp(state["exp_avg_res_row"], seen, 1 - self.beta3)
+        return Measured(matrix={"row": row.sum(-1), "col": residual.sum(-2)}, rows={"row": row})
+
+    def apply(
+        self, update: Tensor, state: State, measured: Measured | None, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Shortens the rows and columns that the average predicts badly."""
+        assert measured is not None
+        row = measured.rows["row"]
+        seen = self._floored(measured.matrix["col"] / context.rows, state)
+        col = torch.lerp(state["exp_avg_res_col"], seen, 1 - self.beta3)
+        mean = (measured.matrix["row"] / context.rows)[:, None]
+        unbiased = col[:, None, :] / bias_correction(self.beta3 if self.corrected else 0.0, context.step)
+        update = update * (row / mean).rsqrt()[:, :, None] * unbiased.rsqrt()
+        return update, {"exp_avg_res_row": row, "exp_avg_res_col": col}
+
+    def _floored(self, mean: Tensor, state: State) -> Tensor:
+        floor = self.floor * state["mean_square"][:, None]
+        return torch.maximum(mean, floor) + self.eps

@@ -1,0 +1,47 @@
+"""Claims about training adapters: whatever tuner made them, they learn at their own rails and resume bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_automagic import AutomagicConfig, create_automagic_optimizer
+from tests.peft_cases import IGNORE_OLD_NAME, TUNERS, Tuner, adapt, tuner_named
+
+pytestmark = IGNORE_OLD_NAME
+
+
+def step(tuner: Tuner, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    tuner.loss(model).backward()
+    optimizer.step()
+
+
+def trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("tuner", TUNERS, ids=lambda t: t.name)
+def test_an_adapter_learns_and_resumes_bit_for_bit(tuner):
+    model = adapt(tuner).eval()  # without dropout
+    start = trained(model)
+    optimizer = create_automagic_optimizer(model, lr=1e-3, weight_decay=0.01)
+    for _ in range(2):
+        step(tuner, model, optimizer)
+    assert any(not torch.equal(start[name], value) for name, value in trained(model).items())
+
+    resumed = copy.deepcopy(model)
+    successor = create_automagic_optimizer(resumed, lr=1e-3, weight_decay=0.01)
+    successor.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(tuner, model, optimizer)
+    step(tuner, resumed, successor)
+    after, again = trained(model), trained(resumed)
+    assert after.keys() == again.keys()
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+
+def test_an_adapter_keeps_its_rails_beside_full_weights():
+    rails = {g["role"]: g["max_lr"] for g in create_automagic_optimizer(adapt(tuner_named("saved"))).param_groups}
+    adapters, full = AutomagicConfig.max_lr, AutomagicConfig.max_lr * AutomagicConfig.full_weight_lr_scale
+    assert rails == {"lora_A": adapters, "lora_B": adapters, "new": adapters, "embedding": full, "norm": full}

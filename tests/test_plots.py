@@ -1,0 +1,97 @@
+"""Claims about plots: a run's files become legible PNGs, of what there is and of nothing else."""
+
+import sys
+
+import pytest
+
+from hf_automagic.reporting.plots import PALETTES, draw_plots
+from hf_automagic.reporting.stats import RunRecord
+
+matplotlib = pytest.importorskip("matplotlib")
+image = pytest.importorskip("PIL.Image")
+
+CONFIG = {
+    "optimizer": "automagic_8bit",
+    "groups": [
+        {"role": "lora_A", "self_tuning": True, "min_lr": 1e-7, "max_lr": 1e-3, "elements": 64},
+        {"role": "full", "self_tuning": True, "min_lr": 1e-8, "max_lr": 1e-4, "elements": 64},
+    ],
+    "memory": {
+        "total_bytes": 2_000_000,
+        "adam_bytes": 8_000_000,
+        "bytes_by_state": {"exp_avg_codes": 1_000_000, "exp_avg_scale": 900_000, "shared": 100_000},
+    },
+}
+RATES = {"optim/lr_A": 1e-4, "optim/lr_full": 1e-5, "learning_rate": 5e-5}
+EVENT = {"step": 20, "code": "EDGE_CASE"}
+
+
+def rows(**values: float) -> list[dict[str, float]]:
+    return [{"step": step, **RATES, **{f"optim/{k}": v for k, v in values.items()}} for step in (10, 20, 30)]
+
+
+CASES = {
+    "nothing": (RunRecord({}, [], []), []),
+    "another optimizer": (RunRecord({}, [{"step": 1, "optim/lr_mean": 1e-4}], []), ["learning_rates"]),
+    "one log": (RunRecord(CONFIG, rows()[:1], []), ["learning_rates", "memory"]),
+    "a calm run": (RunRecord(CONFIG, rows(multiplier=1.0), []), ["learning_rates", "memory"]),
+    "a moved multiplier": (RunRecord(CONFIG, rows(multiplier=0.8), []), ["learning_rates", "memory", "events"]),
+    "an event without context": (RunRecord(CONFIG, rows(), [EVENT]), ["learning_rates", "memory", "events"]),
+    "pairs": (RunRecord(CONFIG, rows(effective_rank=3.5), []), ["learning_rates", "memory", "effective_rank"]),
+    "a rate of zero": (RunRecord(CONFIG, [{"step": 1, **RATES, "optim/lr_A": 0.0}], []), ["learning_rates", "memory"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_there_is_gets_drawn(case, tmp_path):
+    record, expected = CASES[case]
+    assert [path.stem for path in draw_plots(record, tmp_path)] == expected
+    assert {path.stem for path in tmp_path.iterdir()} == {
+        f"{name}{theme}" for name in expected for theme in ("", "_dark")
+    }
+
+
+def test_plots_are_wide_enough_small_enough_and_on_their_own_paper(tmp_path):
+    record = RunRecord(CONFIG, rows(multiplier=0.8, effective_rank=3.5), [EVENT])
+    for path in draw_plots(record, tmp_path):
+        for theme, file in (("light", path), ("dark", path.with_stem(f"{path.stem}_dark"))):
+            with image.open(file) as picture:
+                assert picture.width >= 600
+                assert picture.convert("RGBA").getpixel((1, 1)) == (*rgb(PALETTES[theme].paper), 255)
+            assert file.stat().st_size <= 200_000
+
+
+@pytest.mark.parametrize("theme", PALETTES)
+def test_every_colour_stands_out_from_its_paper(theme):
+    palette = PALETTES[theme]
+    for colour in (palette.ink, palette.faint, palette.alarm, *palette.hues):
+        assert contrast(colour, palette.paper) >= 3.0, colour  # WCAG 2.1, 1.4.11, for graphics
+    assert contrast(palette.ink, palette.paper) >= 7.0
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour.removeprefix("#")))
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in rgb(colour))
+    ]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_the_users_own_style_stays(tmp_path):
+    before = matplotlib.rcParams.copy()
+    draw_plots(CASES["pairs"][0], tmp_path)
+    assert matplotlib.rcParams == before
+
+
+def test_a_missing_matplotlib_is_named_with_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install hf_automagic\[plot\]"):
+        draw_plots(CASES["pairs"][0], tmp_path)
