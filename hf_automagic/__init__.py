@@ -1,0 +1,91 @@
+"""Self-tuning, 8-bit, LoRA-aware optimizers for the Hugging Face stack.
+
+```python
+import hf_automagic                                   # registers the names below
+args = TrainingArguments("out", optim="automagic_8bit")
+```
+"""
+
+import importlib
+from typing import Any
+
+from .config import AutomagicConfig
+from .factory import create_automagic_optimizer
+from .integrations.transformers import register, unregister
+from .optim.automagic import Automagic
+from .optim.loss_hook import attach_loss_hook
+from .peft import param_groups
+from .registry import OptimizerInfo, get_optimizer_info, list_optimizers, register_optimizer, unregister_optimizer
+from .reporting.dashboard import TrainingDashboard
+from .seeds import (
+    AdaptiveOptimizer,
+    Automagic_CameAMP,
+    Automagic_CameAMP8bit,
+    Automagic_CameAMP_8Bit,
+    Automagic_CameAMP_COptim,
+    Automagic_CameAMP_COptim8bit,
+    Automagic_CameAMP_Improved,
+    CustomQuantizationStrategy,
+    MemoryMonitor,
+    Optimizer8BitConfig,
+    adjust_config_for_model_size,
+    check_memory_leak,
+    check_quantization_quality,
+    get_recommended_config,
+    monitor_learning_rates,
+    progressive_quantization_training,
+)
+
+__version__ = "0.1.0"
+
+# What needs transformers is imported when it is asked for: the optimizer itself works with torch alone.
+_NEEDS_TRANSFORMERS = {
+    "AutomagicTrainer": "trainer",
+    "AutomagicTrainerMixin": "trainer",
+    "EdgeCaseCallback": "callbacks",
+    "EffectiveLRCallback": "callbacks",
+    "MemoryCallback": "callbacks",
+    "OptimizerStatsCallback": "callbacks",
+}
+
+__all__ = [
+    "AdaptiveOptimizer",
+    "Automagic",
+    "AutomagicConfig",
+    "Automagic_CameAMP",
+    "Automagic_CameAMP8bit",
+    "Automagic_CameAMP_8Bit",
+    "Automagic_CameAMP_COptim",
+    "Automagic_CameAMP_COptim8bit",
+    "Automagic_CameAMP_Improved",
+    "CustomQuantizationStrategy",
+    "MemoryMonitor",
+    "Optimizer8BitConfig",
+    "OptimizerInfo",
+    "TrainingDashboard",
+    "adjust_config_for_model_size",
+    "attach_loss_hook",
+    "check_memory_leak",
+    "check_quantization_quality",
+    "create_automagic_optimizer",
+    "get_optimizer_info",
+    "get_recommended_config",
+    "list_optimizers",
+    "monitor_learning_rates",
+    "param_groups",
+    "progressive_quantization_training",
+    "register",
+    "register_optimizer",
+    "unregister",
+    "unregister_optimizer",
+    *_NEEDS_TRANSFORMERS,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TRANSFORMERS:
+        return getattr(importlib.import_module(f".{_NEEDS_TRANSFORMERS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register()

@@ -1,0 +1,1 @@
+"""The doors into other packages: all that touches their private names is here."""

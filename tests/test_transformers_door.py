@@ -1,0 +1,249 @@
+"""Claims about the door: one import makes our names `optim=` strings, and what is saved loads without us.
+
+What changes or watches the process (the enum, the import system, logging) runs in processes of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_automagic
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+ROOT = str(Path(hf_automagic.__file__).parent.parent)
+
+
+def run_python(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter that finds this package."""
+    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def report(code: str, *argv: object) -> dict:
+    """Runs code that assigns a dict `seen`, and returns it."""
+    done = run_python(f"import json, sys\nseen = {{}}\n{code}\nprint('SEEN' + json.dumps(seen))", *argv)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.rpartition("SEEN")[2])
+
+
+CONFIGS = """
+import contextlib, copy, dataclasses, io, os, pickle
+from pathlib import Path
+import hf_automagic
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.training_args import OptimizerNames
+import torch
+
+name, out = "automagic_8bit", Path(sys.argv[1])
+common = {"output_dir": str(out), "optim": name, "report_to": []}
+args = TrainingArguments(**common)
+seen["TrainingArguments"] = args.optim
+seen["Seq2SeqTrainingArguments"] = Seq2SeqTrainingArguments(**common).optim
+parser = HfArgumentParser(TrainingArguments)
+line = ["--output_dir", str(out), "--optim", name, "--report_to", "none", "--optim_args", "max_lr=3e-4"]
+seen["command line"] = parser.parse_args_into_dataclasses(line)[0].optim
+with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+    parser.parse_args(["--help"])
+seen["help"] = name if name in text.getvalue() else ""
+(out / "a.json").write_text(json.dumps(common))
+(out / "a.yaml").write_text(f"output_dir: {out}\\noptim: {name}\\nreport_to: none\\noptim_args: {{max_lr: 3.0e-4}}\\n")
+seen["json"] = parser.parse_json_file(str(out / "a.json"))[0].optim
+seen["yaml"] = parser.parse_yaml_file(str(out / "a.yaml"))[0].optim
+seen["dict"] = parser.parse_dict(common)[0].optim
+seen["to_dict"] = args.to_dict()["optim"]
+seen["to_json_string"] = json.loads(args.to_json_string())["optim"]
+seen["to_sanitized_dict"] = args.to_sanitized_dict()["optim"]
+seen["set_optimizer"] = TrainingArguments(str(out)).set_optimizer(name=name).optim
+seen["replace"] = dataclasses.replace(args).optim
+seen["replace after pickle"] = dataclasses.replace(pickle.loads(pickle.dumps(args))).optim
+seen["deepcopy"] = copy.deepcopy(args).optim
+seen["pickle"] = pickle.loads(pickle.dumps(args)).optim
+seen["attribute"] = OptimizerNames.AUTOMAGIC_8BIT
+seen["item"] = OptimizerNames["AUTOMAGIC_8BIT"]
+seen["iteration"] = next(member for member in OptimizerNames if member == name)
+seen = {place: str(getattr(value, "value", value)) for place, value in seen.items()}
+seen["types"] = [type(pickle.loads(pickle.dumps(args)).optim).__name__, type(args.optim).__name__]
+torch.save(args, out / "training_args.bin")
+"""
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    return report(CONFIGS, folder), folder
+
+
+PLACES = [
+    "TrainingArguments",
+    "Seq2SeqTrainingArguments",
+    "command line",
+    "help",
+    "json",
+    "yaml",
+    "dict",
+    "to_dict",
+    "to_json_string",
+    "to_sanitized_dict",
+    "set_optimizer",
+    "replace",
+    "replace after pickle",
+    "deepcopy",
+    "pickle",
+    "attribute",
+    "item",
+    "iteration",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_string_works_in_every_place(configs, place):
+    assert configs[0][place] == "automagic_8bit"
+
+
+def test_saved_arguments_load_where_we_are_not_installed(configs):
+    seen, folder = configs
+    assert seen["types"] == ["str", "OptimizerNames"]
+    code = """
+import torch
+args = torch.load(sys.argv[1], weights_only=False)
+seen = {"optim": args.optim, "ours": [m for m in sys.modules if m.startswith("hf_automagic")]}
+from transformers import TrainingArguments
+try:
+    TrainingArguments("x", optim="automagic_8bit")
+except ValueError:
+    seen["refused"] = True
+"""
+    assert report(code, folder / "training_args.bin") == {"optim": "automagic_8bit", "ours": [], "refused": True}
+
+
+def test_trl_takes_the_string_from_python_yaml_and_command_line(tmp_path):
+    pytest.importorskip("trl")
+    code = """
+import hf_automagic
+from pathlib import Path
+from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
+out = sys.argv[1]
+path = Path(out) / "c.yaml"
+path.write_text(f"output_dir: {out}\\noptim: automagic_8bit\\nreport_to: none\\nuse_cpu: true\\nbf16: false\\n")
+for config in (SFTConfig, DPOConfig, GRPOConfig):
+    line = ["--output_dir", out, "--optim", "automagic_8bit", "--report_to", "none", "--use_cpu", "1", "--bf16", "0"]
+    built = config(output_dir=out, optim="automagic_8bit", report_to=[], use_cpu=True, bf16=False)
+    parsed = [TrlParser((config,)).parse_args_and_config(a)[0] for a in (line, ["--config", str(path)])]
+    seen[config.__name__] = [c.optim.value for c in (built, *parsed)]
+"""
+    assert report(code, tmp_path) == dict.fromkeys(("SFTConfig", "DPOConfig", "GRPOConfig"), ["automagic_8bit"] * 3)
+
+
+def test_the_import_costs_neither_transformers_nor_cuda():
+    code = """
+import torch
+before = set(sys.modules)
+import hf_automagic
+added = {module.partition(".")[0] for module in set(sys.modules) - before}
+seen["heavy"] = sorted(added & {"transformers", "peft", "accelerate", "datasets", "matplotlib", "bitsandbytes"})
+seen["cuda"] = torch.cuda.is_initialized()
+"""
+    assert report(code) == {"heavy": [], "cuda": False}
+
+
+def test_the_package_works_without_transformers_and_peft():
+    code = """
+sys.modules["transformers"] = sys.modules["peft"] = None
+import hf_automagic, torch
+hf_automagic.register()
+model = torch.nn.Linear(4, 4)
+optimizer = hf_automagic.create_automagic_optimizer(model)
+model(torch.ones(1, 4)).sum().backward()
+optimizer.step()
+seen["groups"] = len(optimizer.param_groups)
+hf_automagic.unregister()
+"""
+    assert report(code) == {"groups": 2}
+
+
+SHAPE = """
+def shape(t):
+    ours = hf_automagic.list_optimizers()
+    args = t.TrainingArguments("x", optim="came", report_to=[])
+    original = getattr(t.Trainer.get_optimizer_cls_and_kwargs, "__wrapped__", None)
+    return {
+        "members": sorted(m.value for m in t.OptimizerNames if m.value in ours) == ours,
+        "handlers": set(ours) <= set(getattr(t, "_OPTIMIZER_HANDLERS", ours)),
+        "class": t.Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__,
+        "static": isinstance(vars(t.Trainer)["get_optimizer_cls_and_kwargs"], staticmethod),
+        "wrapped once": original is not None and not hasattr(original, "__wrapped__"),
+        "source": inspect.getsource(t.TrainingArguments).startswith("@dataclass"),
+    }
+"""
+GOOD = {
+    "members": True,
+    "handlers": True,
+    "class": "Automagic",
+    "static": True,
+    "wrapped once": True,
+    "source": True,
+}
+
+
+def test_threads_race_the_import_and_a_plain_script_sees_the_banner_once():
+    code = """
+import contextlib, inspect, io, threading
+import hf_automagic, torch
+threads = [threading.Thread(target=hf_automagic.register) for _ in range(8)]
+[thread.start() for thread in threads]
+import transformers.trainer as t
+[thread.join() for thread in threads]
+args = t.TrainingArguments("x", optim="automagic_8bit", report_to=[], use_cpu=True)
+with contextlib.redirect_stderr(io.StringIO()) as text:
+    t.Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(4, 4))
+seen["banners"] = text.getvalue().count("optim=automagic_8bit: lr 5e-05 from learning_rate")
+seen["shape"] = shape(t)
+"""
+    assert report(SHAPE + code) == {"shape": GOOD, "banners": 1}
+
+
+def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names():
+    code = """
+import inspect, threading
+import transformers.trainer as t
+
+def state():
+    names = t.OptimizerNames
+    return [
+        [m.value for m in names], sorted(vars(names)), sorted(names._member_map_), sorted(names._value2member_map_),
+        sorted(map(str, getattr(t, "_OPTIMIZER_HANDLERS", {}))), [type(finder).__name__ for finder in sys.meta_path],
+        hasattr(t.Trainer.get_optimizer_cls_and_kwargs, "__wrapped__"),
+    ]
+
+before = state()
+import hf_automagic
+seen["us last"] = shape(t)
+threads = [threading.Thread(target=hf_automagic.register) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+seen["eight more times"] = shape(t)
+hf_automagic.unregister()
+seen["restored"] = state() == before
+hf_automagic.register_optimizer(hf_automagic.OptimizerInfo("sgd", "Not that one."))
+hf_automagic.register()
+args = t.TrainingArguments("x", optim="sgd", report_to=[])
+seen["sgd"] = t.Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__
+hf_automagic.unregister()
+hf_automagic.unregister()
+seen["restored again"] = state() == before
+"""
+    assert report(SHAPE + code) == {
+        "us last": GOOD,
+        "eight more times": GOOD,
+        "restored": True,
+        "sgd": "SGD",
+        "restored again": True,
+    }

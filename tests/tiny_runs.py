@@ -1,0 +1,113 @@
+"""Tiny models, data and TrainingArguments, so that a real Trainer runs a few steps in a second."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+VOCABULARY = 32
+
+
+def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tiny_adapter(dtype: torch.dtype = torch.float32) -> Any:
+    """A LoRA on a tiny Llama, adapters in the dtype of the base."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = tiny_llama(dtype)
+    torch.manual_seed(1)
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def sentences(count: int, length: int = 8) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+class TinyRegression(nn.Module):
+    """A small network on floats, which can be not a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.layers(x) - y).square().mean()}
+
+
+class InOrder(IterableDataset):
+    """Points of a regression, always in the same order."""
+
+    def __init__(self, points: list[dict[str, torch.Tensor]]) -> None:
+        self.points = points
+
+    def __iter__(self) -> Any:
+        return iter(self.points)
+
+
+def regression_points(count: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 4, generator=generator)
+    return [{"x": row, "y": row.sum(0, keepdim=True)} for row in x]
+
+
+def arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(**argument_values(output_dir, **changes))
+
+
+def argument_values(output_dir: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+
+
+class Recorder(TrainerCallback):
+    """Stands for a tracker: keeps the logs that it is shown."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **event: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
