@@ -4,7 +4,6 @@ The `**event` of their methods is transformers' protocol: an event brings what t
 """
 
 import logging
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +15,13 @@ from .optim.automagic import Automagic
 from .optim.events import Event, EventCode
 from .reporting.card import update_card
 from .reporting.plots import draw_plots
-from .reporting.rates import summarize_rates, unwrap_optimizer
-from .reporting.snapshot import OptimizerSnapshot
+from .reporting.rates import unwrap_optimizer
+from .reporting.runs import begin_run, optimizer_logs, snapshot_at_log
 from .reporting.stats import RunRecord, StatsWriter, describe_event, describe_run
 
 logger = logging.getLogger(__name__)
 
 KEPT_EVENTS = 100  # in trainer_state.json, which is written with every checkpoint
-
-# The snapshot at each optimizer's newest log: callbacks and the Trainer mixin share one device read.
-_newest: weakref.WeakKeyDictionary[Any, tuple[weakref.ref[TrainerState], int, OptimizerSnapshot]]
-_newest = weakref.WeakKeyDictionary()
-
-
-def snapshot_at_log(optimizer: Any, state: TrainerState) -> OptimizerSnapshot | None:
-    """Returns the snapshot of an Automagic at the present step, taking it if nobody has; None for other optimizers.
-
-    Args:
-        optimizer: as a callback receives it, wrapped or not.
-        state: the Trainer's, which tells the step and the run.
-    """
-    inner = unwrap_optimizer(optimizer)
-    if not isinstance(inner, Automagic):
-        return None
-    known = _newest.get(inner)
-    if known is not None and known[0]() is state and known[1] == state.global_step:
-        return known[2]
-    snapshot = OptimizerSnapshot.take(inner)
-    _newest[inner] = (weakref.ref(state), state.global_step, snapshot)
-    return snapshot
-
-
-def optimizer_logs(optimizer: Any, state: TrainerState) -> dict[str, float]:
-    """Returns the keys `optim/...` of a log: all of an Automagic's, the learning rates of others."""
-    snapshot = snapshot_at_log(optimizer, state)
-    if snapshot is not None:
-        return snapshot.as_logs()
-    rates = summarize_rates(optimizer)
-    return {"optim/lr_min": rates.minimum, "optim/lr_mean": rates.mean, "optim/lr_max": rates.maximum}
 
 
 def is_training_log(logs: dict[str, Any] | None) -> bool:
@@ -79,12 +47,23 @@ def attach(trainer: Any, *callbacks: TrainerCallback) -> None:
     present[:] = ours + [callback for callback in present if callback not in ours]
 
 
+def logs_keys(trainer: Any) -> bool:
+    """Says whether a callback of this module adds keys `optim/...` to a Trainer's logs."""
+    return any(isinstance(callback, _LoggingCallback) for callback in trainer.callback_handler.callbacks)
+
+
 class _LoggingCallback(TrainerCallback):
     """Adds keys to training logs: to what later callbacks see, and to `state.log_history`."""
 
     def read_logs(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[str, float]:
         """Returns the keys to add."""
         return optimizer_logs(optimizer, state)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Notes where the run's counts begin."""
+        begin_run(event.get("optimizer"), state)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         """Adds the keys that nobody has added."""
@@ -146,6 +125,7 @@ class EdgeCaseCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
         """Notes what happened before this run, or before its checkpoint, and was told then."""
+        begin_run(event.get("optimizer"), state)
         self.told, self._has_warned = _newest_event(event.get("optimizer")), False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
@@ -212,6 +192,7 @@ class OptimizerStatsCallback(_LoggingCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
         """Starts the files, or continues them where the run resumes."""
+        super().on_train_begin(args, state, control, **event)
         optimizer = event.get("optimizer")
         if not state.is_world_process_zero or optimizer is None:
             return

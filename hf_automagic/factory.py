@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .config import AutomagicConfig, make_config, option_names, parse_option
 from .optim.automagic import Automagic
+from .optim.loss_hook import attach_loss_hook
 from .options import unknown_name_error
 from .peft import group_by_name, param_groups
 from .registry import get_optimizer_info
@@ -35,6 +36,9 @@ def create_automagic_optimizer(
     optimizer = create_automagic_optimizer(model, lr=1e-4, loraplus_lr_ratio=4)
     ```
 
+    Where `context` is on it listens to the losses in the model's outputs; a loss handed to `step` or `observe_loss`
+    wins over these. The table of groups and true rates is logged at INFO, see `reporting.banner.show_banner_logs`.
+
     Args:
         model: a PEFT model, a plain model, or a list of parameters, (name, parameter) pairs or param groups. Only a
             model tells everything: LoRA's scalings, and which weights are pretrained.
@@ -51,6 +55,8 @@ def create_automagic_optimizer(
     options = {"lr": lr, "weight_decay": weight_decay, **options}
     cls, kwargs = optimizer_cls_and_kwargs(optim, options, model, new_modules=new_modules)
     optimizer = cls(**kwargs)
+    if isinstance(model, nn.Module) and any(group["context"] for group in optimizer.param_groups):
+        attach_loss_hook(model, optimizer)
     logger.info("%s", optimizer.describe())
     return optimizer
 

@@ -10,11 +10,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from .callbacks import OptimizerStatsCallback, attach, is_training_log, optimizer_logs, snapshot_at_log
+from .callbacks import OptimizerStatsCallback, attach, is_training_log
 from .optim.automagic import Automagic
-from .registry import list_optimizers
 from .reporting.rates import unwrap_optimizer
-from .reporting.stats import optimizer_name
+from .reporting.runs import optimizer_logs, snapshot_at_log
 
 logger = logging.getLogger(__name__)
 
@@ -80,13 +79,7 @@ class AutomagicTrainerMixin(_Base):
         """Creates the optimizer from parameters in the dtype that they had before a checkpoint was loaded."""
         if self._kept is not None:
             self._kept.put_back()
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        inner = unwrap_optimizer(optimizer)
-        # An optimizer that was made by its string has introduced itself.
-        if is_new and isinstance(inner, Automagic) and optimizer_name(inner, self.args.optim) not in list_optimizers():
-            logger.info("%s", inner.describe())
-        return optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes loss and gradients of a micro-batch, and shows the loss to the optimizer."""

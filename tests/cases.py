@@ -4,9 +4,9 @@ import dataclasses
 from typing import Any
 
 import torch
-from reference import Pair, ParamOptions, ReferenceConfig, ReferenceOptimizer
 
 from hf_automagic import Automagic
+from tests.reference import Pair, ParamOptions, ReferenceConfig, ReferenceOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,13 @@ class Case:
     tolerance: float = 2e-5  # of the distance that the weights went
 
 
-TUNED = {"self_tuning": True, "kappa": 0.3, "betas": (0.8, 0.99, 0.999)}
+TUNED = {"self_tuning": True, "kappa": 0.3, "drift": 0.5, "betas": (0.8, 0.99, 0.999)}
 PLAIN = {"quantize_states": False}
 
 CASES = [
     Case("default in fp32", PLAIN, TUNED),
     Case("default", {}, TUNED, tolerance=2e-2),  # a code on the edge between two may fall to either side
+    Case("no drift", PLAIN | {"lr_drift": 0.0}, TUNED | {"drift": 0.0}),
     Case("longer betas", PLAIN | {"betas": (0.9, 0.999, 0.9999)}, TUNED | {"betas": (0.9, 0.999, 0.9999)}),
     Case("your own rate", PLAIN | {"self_tuning": False}, {"betas": (0.8, 0.99, 0.999)}),
     Case("a rate for each group", PLAIN | {"lr_pool": "group"}, TUNED | {"lr_pool": "group"}),

@@ -22,7 +22,7 @@ from hf_automagic.callbacks import (
 )
 from hf_automagic.reporting.snapshot import OptimizerSnapshot
 from hf_automagic.reporting.stats import RunRecord
-from tests.tiny_runs import InOrder, Recorder, TinyRegression, arguments, regression_points
+from tests.tiny_runs import InOrder, Recorder, TinyRegression, arguments, regression_points, training_logs
 
 OURS = (Automagic, {"lr": 1e-3})
 
@@ -42,10 +42,6 @@ def with_a_bad_batch(count: int = 16) -> list[dict[str, torch.Tensor]]:
     points = regression_points(count)
     points[4]["x"] = torch.full((4,), torch.nan)  # the third batch of two
     return points
-
-
-def training_logs(trainer: Trainer) -> list[dict[str, float]]:
-    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def test_keys_reach_the_history_of_a_stock_trainer(tmp_path):
@@ -104,13 +100,17 @@ def test_all_callbacks_of_a_log_share_one_read(tmp_path, monkeypatch):
     assert len(reads) == 8
 
 
-def test_a_second_run_reads_the_optimizer_anew(tmp_path):
-    trainer = stock_trainer(tmp_path, EffectiveLRCallback(), max_steps=1)
+def test_a_second_run_reads_the_optimizer_anew_and_counts_from_its_own_start(tmp_path):
+    trainer = stock_trainer(tmp_path, EffectiveLRCallback(), points=with_a_bad_batch(), max_steps=4)
     trainer.train()
     first = snapshot_at_log(trainer.optimizer, trainer.state)
     trainer.train()
     second = snapshot_at_log(trainer.optimizer, trainer.state)
-    assert (first.applied_steps, second.applied_steps) == (1, 2)
+    for snapshot in (first, second):
+        assert (snapshot.applied_steps, snapshot.skipped_steps, snapshot.event_count) == (3, 1, 1)
+        assert [event.step for event in snapshot.events] == [3]
+    assert OptimizerSnapshot.take(trainer.optimizer).skipped_steps == 2
+    assert [event.number for event in second.events] == [2]
 
 
 def test_a_skipped_step_is_told_once(tmp_path, caplog):

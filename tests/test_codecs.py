@@ -9,7 +9,6 @@ import torch
 from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reference import codecs as reference
 
 from hf_automagic.quantization import (
     CODECS,
@@ -26,6 +25,7 @@ from hf_automagic.quantization import (
     random_bits,
     register_codec,
 )
+from tests.reference import codecs as reference
 
 BLOCK = 32
 

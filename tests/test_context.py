@@ -201,7 +201,7 @@ def build(seed: int = 0, **options) -> Automagic:
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(6, 10), (6, 10), (7,)]]
     names = ["first.weight", "second.weight", "second.bias"]
     config = {"lr": 1e-4, "context": True, "context_window": 30, "min_8bit_size": 0}
-    return Automagic(zip(names, params, strict=True), **(config | options))
+    return Automagic([{"params": params, "names": names}], **(config | options))
 
 
 def step(optimizer: Automagic, t: int, loss: float | None = None, poisoned: bool = False) -> None:

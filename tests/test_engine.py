@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from came_pytorch import CAME
-from cases import CASES, SHAPES, Case, Twins
 
 from hf_automagic import Automagic
 from hf_automagic.optim import bucket
+from tests.cases import CASES, SHAPES, Case, Twins
 
 CASE_IDS = [case.name for case in CASES]
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cases import TUNED, Case, Twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import codecs as reference
 
 from hf_automagic.quantization import Affine, Codec, Dynamic, EncodeContext, Softsign, WithFeedback
 from hf_automagic.quantization.feedback import pack_nibbles, unpack_nibbles
+from tests.cases import TUNED, Case, Twins
+from tests.reference import codecs as reference
 
 CODECS = [Softsign(64), Affine(64), Dynamic(64)]
 each_codec = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: type(codec).__name__)

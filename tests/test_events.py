@@ -11,7 +11,7 @@ FINE, BAD = 0.0, torch.nan
 
 def build(**options) -> Automagic:
     params = [torch.nn.Parameter(torch.ones(4, 5)), torch.nn.Parameter(torch.ones(3))]
-    return Automagic(zip(["layer.weight", "layer.bias"], params, strict=True), lr=1e-4, **options)
+    return Automagic([{"params": params, "names": ["layer.weight", "layer.bias"]}], lr=1e-4, **options)
 
 
 def step(optimizer: Automagic, weight: float = FINE, bias: float = FINE) -> None:

@@ -5,9 +5,9 @@ import io
 
 import pytest
 import torch
-from cases import CASES, SHAPES, Case, Twins
 
 from hf_automagic import Automagic
+from tests.cases import CASES, SHAPES, Case, Twins
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_automagic import Automagic, AutomagicConfig
-from hf_automagic.config import PRESETS, STORAGE_OPTIONS
+from hf_automagic.config import PRESETS, storage_option_names
 from hf_automagic.optim.memory import MemoryStats
 from hf_automagic.peft import param_groups
 from tests.peft_cases import IGNORE_OLD_NAME, peft, transformers
@@ -154,7 +154,7 @@ def test_presets_weigh_what_their_comment_says(preset: str, lora_bytes: float, f
 
 def test_presets_change_storage_and_granularity_alone():
     for options in PRESETS.values():
-        assert options.keys() <= {*STORAGE_OPTIONS, "lr_granularity"}
+        assert options.keys() <= {*storage_option_names(), "lr_granularity"}
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest():

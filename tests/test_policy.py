@@ -268,6 +268,13 @@ def test_without_bitsandbytes_its_states_are_fp32_said_once_and_counted(caplog: 
     assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
 
 
+def test_vectors_stay_in_fp32_where_their_code_cannot_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(policy, "find_problem", lambda codec, device: "no frexp" if codec == "log16" else None)
+    assert chosen((8, 1024)) == StateCodecs(Softsign(128), None, fell_back=True)
+    with pytest.raises(RuntimeError, match="codec 'log16' cannot run on cpu: no frexp"):
+        chosen((8, 1024), strict=True)
+
+
 @pytest.mark.usefixtures("without_bitsandbytes")
 def test_strict_raises_where_a_codec_cannot_run():
     with pytest.raises(RuntimeError, match=r"codec 'dynamic' cannot run on cpu: .*pip install bitsandbytes"):

@@ -124,24 +124,6 @@ except ValueError:
     assert report(code, folder / "training_args.bin") == {"optim": "automagic_8bit", "ours": [], "refused": True}
 
 
-def test_trl_takes_the_string_from_python_yaml_and_command_line(tmp_path):
-    pytest.importorskip("trl")
-    code = """
-import hf_automagic
-from pathlib import Path
-from trl import DPOConfig, GRPOConfig, SFTConfig, TrlParser
-out = sys.argv[1]
-path = Path(out) / "c.yaml"
-path.write_text(f"output_dir: {out}\\noptim: automagic_8bit\\nreport_to: none\\nuse_cpu: true\\nbf16: false\\n")
-for config in (SFTConfig, DPOConfig, GRPOConfig):
-    line = ["--output_dir", out, "--optim", "automagic_8bit", "--report_to", "none", "--use_cpu", "1", "--bf16", "0"]
-    built = config(output_dir=out, optim="automagic_8bit", report_to=[], use_cpu=True, bf16=False)
-    parsed = [TrlParser((config,)).parse_args_and_config(a)[0] for a in (line, ["--config", str(path)])]
-    seen[config.__name__] = [c.optim.value for c in (built, *parsed)]
-"""
-    assert report(code, tmp_path) == dict.fromkeys(("SFTConfig", "DPOConfig", "GRPOConfig"), ["automagic_8bit"] * 3)
-
-
 def test_the_import_costs_neither_transformers_nor_cuda():
     code = """
 import torch
@@ -173,13 +155,14 @@ SHAPE = """
 def shape(t):
     ours = hf_automagic.list_optimizers()
     args = t.TrainingArguments("x", optim="came", report_to=[])
-    original = getattr(t.Trainer.get_optimizer_cls_and_kwargs, "__wrapped__", None)
+    wrapped = [t.Trainer.get_optimizer_cls_and_kwargs, t.Trainer.create_optimizer]
+    originals = [getattr(method, "__wrapped__", None) for method in wrapped]
     return {
         "members": sorted(m.value for m in t.OptimizerNames if m.value in ours) == ours,
         "handlers": set(ours) <= set(getattr(t, "_OPTIMIZER_HANDLERS", ours)),
         "class": t.Trainer.get_optimizer_cls_and_kwargs(args)[0].__name__,
         "static": isinstance(vars(t.Trainer)["get_optimizer_cls_and_kwargs"], staticmethod),
-        "wrapped once": original is not None and not hasattr(original, "__wrapped__"),
+        "wrapped once": all(method is not None and not hasattr(method, "__wrapped__") for method in originals),
         "source": inspect.getsource(t.TrainingArguments).startswith("@dataclass"),
     }
 """
@@ -193,7 +176,7 @@ GOOD = {
 }
 
 
-def test_threads_race_the_import_and_a_plain_script_sees_the_banner_once():
+def test_threads_race_the_import_and_a_plain_script_sees_each_banner_once():
     code = """
 import contextlib, inspect, io, threading
 import hf_automagic, torch
@@ -203,11 +186,15 @@ import transformers.trainer as t
 [thread.join() for thread in threads]
 args = t.TrainingArguments("x", optim="automagic_8bit", report_to=[], use_cpu=True)
 with contextlib.redirect_stderr(io.StringIO()) as text:
-    t.Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(4, 4))
-seen["banners"] = text.getvalue().count("optim=automagic_8bit: lr 5e-05 from learning_rate")
+    t.Trainer(torch.nn.Linear(4, 4), args).create_optimizer()
+    ours = (hf_automagic.Automagic, {"lr": 1e-4})
+    hf_automagic.AutomagicTrainer(torch.nn.Linear(3, 3), args, optimizer_cls_and_kwargs=ours).create_optimizer()
+seen["banners"] = [
+    text.getvalue().count(line) for line in ("optim=automagic_8bit: lr 5e-05 from learning_rate", "12 trainable elements")
+]
 seen["shape"] = shape(t)
 """
-    assert report(SHAPE + code) == {"shape": GOOD, "banners": 1}
+    assert report(SHAPE + code) == {"shape": GOOD, "banners": [1, 1]}
 
 
 def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names():
@@ -220,9 +207,11 @@ def state():
     return [
         [m.value for m in names], sorted(vars(names)), sorted(names._member_map_), sorted(names._value2member_map_),
         sorted(map(str, getattr(t, "_OPTIMIZER_HANDLERS", {}))), [type(finder).__name__ for finder in sys.meta_path],
-        hasattr(t.Trainer.get_optimizer_cls_and_kwargs, "__wrapped__"),
+        [hasattr(getattr(t.Trainer, method), "__wrapped__") for method in WRAPPED],
+        isinstance(vars(t.Trainer)["get_optimizer_cls_and_kwargs"], staticmethod),
     ]
 
+WRAPPED = "get_optimizer_cls_and_kwargs", "create_optimizer"
 before = state()
 import hf_automagic
 seen["us last"] = shape(t)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -36,6 +37,18 @@ def tiny_adapter(dtype: torch.dtype = torch.float32) -> Any:
     model = tiny_llama(dtype)
     torch.manual_seed(1)
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def tiny_tokenizer() -> Any:
+    """Knows the words w3 to w31 and `<pad>`, `<s>`, `</s>`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials)
 
 
 def sentences(count: int, length: int = 8) -> list[dict[str, list[int]]]:
@@ -100,6 +113,24 @@ class Recorder(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **event: Any) -> None:
         self.logs.append(dict(logs))
+
+
+def training_logs(trainer: Any) -> list[dict[str, Any]]:
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+def inner(trainer: Any) -> Any:
+    """The optimizer inside accelerate's wrapper."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def seen_losses(trainer: Any) -> Any:
+    """What the context of a Trainer's optimizer saw of the losses, for comparison with those logged."""
+    return pytest.approx(list(inner(trainer).c_optim.history().losses), nan_ok=True)
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    return [log["loss"] for log in training_logs(trainer)]
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,8 +5,6 @@ and `Trainer.get_optimizer_cls_and_kwargs`. Each is opened at once where its mod
 importing this package must not cost what transformers.training_args does (4 seconds, peft and bitsandbytes included).
 """
 
-import contextlib
-import dataclasses
 import functools
 import importlib
 import importlib.abc
@@ -14,23 +12,19 @@ import importlib.machinery
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
-from ..config import AutomagicConfig
-from ..factory import TUPLE_ENTRIES, optimizer_cls_and_kwargs, parse_options
-from ..optim import groups
 from ..optim.automagic import Automagic
-from ..registry import get_optimizer_info, list_optimizers
+from ..registry import list_optimizers
+from .training_arguments import cls_and_kwargs, optim_name
 
 logger = logging.getLogger(__name__)
 
 MARK = "_hf_automagic"  # on what we put into transformers
-# Fields of TrainingArguments that mean Adam's numbers, and the option that comes nearest.
-UNREAD = {"adam_beta1": "beta1", "adam_beta2": "beta2", "adam_epsilon": "eps3"}
 
 _LOCK = threading.Lock()
 
@@ -59,102 +53,6 @@ def unregister() -> None:
             del handlers[name]
         if "transformers.trainer" in sys.modules:
             _unwrap_trainer(sys.modules["transformers.trainer"])
-
-
-def cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[type[Automagic], dict[str, Any]]:
-    """Answers for `Trainer.get_optimizer_cls_and_kwargs`: the class, and its arguments with our groups as `params`.
-
-    learning_rate and weight_decay are TrainingArguments', adam_* are not read, max_grad_norm stays the Trainer's where
-    optim_args lacks it, and optim_args beats all.
-
-    Args:
-        args: TrainingArguments; its optim_args may be a text or a mapping.
-        model: what to train; without it there is no key `params`, and the caller groups the parameters.
-
-    Raises:
-        TypeError: an option does not exist; the nearest one is given.
-        ValueError: an option does not parse or is out of bounds, two places clip gradients, or nothing is trainable.
-    """
-    name = _name(args.optim)
-    given = parse_options(args.optim_args, get_optimizer_info(name).options)
-    new_modules = given.pop("new_modules", ())
-    _check_clipping(args, given)
-    options = {"lr": args.learning_rate, "weight_decay": args.weight_decay, **given}
-    cls, kwargs = optimizer_cls_and_kwargs(name, options, model, new_modules=new_modules)
-    if args.should_log:
-        _let_be_seen()
-        _warn_of_unread(args, name, kwargs)
-    if args.should_log and model is not None:
-        logger.info("%s\n%s", _law(args, name, given), _preview(cls, kwargs))
-    return cls, kwargs
-
-
-def _name(optim: Any) -> str:
-    return str(getattr(optim, "value", optim))
-
-
-def _check_clipping(args: Any, given: Mapping[str, Any]) -> None:
-    if given.get("max_grad_norm") and args.max_grad_norm:
-        raise ValueError(
-            f"max_grad_norm={given['max_grad_norm']:g} in optim_args clips inside the step, and the Trainer's own "
-            f"max_grad_norm={args.max_grad_norm:g} before it; set the Trainer's to 0, or leave the option out"
-        )
-
-
-def _warn_of_unread(args: Any, name: str, options: Mapping[str, Any]) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    for field, option in UNREAD.items():
-        value, (whole, place) = getattr(args, field), TUPLE_ENTRIES[option]
-        if value not in (defaults[field], options.get(whole, getattr(AutomagicConfig, whole))[place]):
-            remedy = f"{option}={value:g}"
-            logger.warning("%s=%g is Adam's, %s does not read it; write optim_args=%r", field, value, name, remedy)
-
-
-def _law(args: Any, name: str, given: Mapping[str, Any]) -> str:
-    """Says in a line which of the user's settings became what."""
-    fields = {"lr": "learning_rate", "weight_decay": "weight_decay"}
-    taken = [
-        f"{option} {getattr(args, field):g} from {field}" for option, field in fields.items() if option not in given
-    ]
-    taken += [f"{option} {value} from optim_args" for option, value in given.items()]
-    clip = (
-        f"the Trainer clips to max_grad_norm {args.max_grad_norm:g}"
-        if args.max_grad_norm
-        else "the Trainer clips nothing"
-    )
-    schedule = f"the {_name(args.lr_scheduler_type)} schedule multiplies the rate"
-    return f"optim={name}: {', '.join(taken)}; adam_* are not read; {clip}; {schedule}."
-
-
-def _preview(cls: type[Automagic], kwargs: Mapping[str, Any]) -> str:
-    """Describes the optimizer that the Trainer is about to build; what that one warns of is not said twice."""
-    with _muted(groups.logger):
-        return cls(**kwargs).describe()
-
-
-@contextlib.contextmanager
-def _muted(which: logging.Logger) -> Iterator[None]:
-    which.disabled, before = True, which.disabled
-    try:
-        yield
-    finally:
-        which.disabled = before
-
-
-class _ScriptHandler(logging.StreamHandler):
-    """Shows our INFO lines on stderr while the program has set up no logging of its own."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not logging.getLogger().handlers:
-            super().emit(record)
-
-
-def _let_be_seen() -> None:
-    """Makes the banner visible in a plain script; a program that has set up logging is left as it is."""
-    package = logging.getLogger(__name__.partition(".")[0])
-    if not (package.handlers or package.level or logging.getLogger().handlers):
-        package.addHandler(_ScriptHandler())
-        package.setLevel(logging.INFO)
 
 
 # The three seams.
@@ -210,29 +108,51 @@ setattr(_handle, MARK, True)
 
 
 def _wrap_trainer(module: ModuleType) -> None:
+    """Wraps the two methods of Trainer that choose and build an optimizer."""
+    trainer = module.Trainer
+    if not hasattr(trainer.get_optimizer_cls_and_kwargs, MARK):
+        trainer.get_optimizer_cls_and_kwargs = staticmethod(_answering(module, trainer.get_optimizer_cls_and_kwargs))
+    if not hasattr(trainer.create_optimizer, MARK):
+        trainer.create_optimizer = _caring(trainer.create_optimizer)
+
+
+def _answering(module: ModuleType, original: Callable[..., Any]) -> Callable[..., Any]:
     """Answers for our names before transformers takes `optim_args` apart.
 
     transformers 4 has no table of handlers. transformers 5 splits optim_args at "," and "=" before it asks a handler,
     and answers a mapping or a forgotten "=" with an error that names neither the option nor the remedy.
     """
-    original = module.Trainer.get_optimizer_cls_and_kwargs
-    if hasattr(original, MARK):
-        return
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-        if _is_ours(module, _name(args.optim)):
+        if _is_ours(module, optim_name(args)):
             return cls_and_kwargs(args, model)
         return original(args, model)
 
-    setattr(get_optimizer_cls_and_kwargs, MARK, True)
-    module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    setattr(get_optimizer_cls_and_kwargs, MARK, get_optimizer_cls_and_kwargs)
+    return get_optimizer_cls_and_kwargs
+
+
+def _caring(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Looks after an Automagic that a Trainer builds: a handler sees the arguments, only the Trainer has the rest."""
+
+    @functools.wraps(original)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from .trainers import create_optimizer_with_care
+
+        return create_optimizer_with_care(self, original, *args, **kwargs)
+
+    setattr(create_optimizer, MARK, create_optimizer)
+    return create_optimizer
 
 
 def _unwrap_trainer(module: ModuleType) -> None:
-    ours = module.Trainer.get_optimizer_cls_and_kwargs
-    if hasattr(ours, MARK):
-        module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(ours.__wrapped__)
+    """Puts the methods back, unless somebody else wrapped them after us and still calls ours."""
+    trainer = module.Trainer
+    for name, kind in (("get_optimizer_cls_and_kwargs", staticmethod), ("create_optimizer", lambda method: method)):
+        ours = getattr(trainer, name)
+        if getattr(ours, MARK, None) is ours:
+            setattr(trainer, name, kind(ours.__wrapped__))
 
 
 def _is_ours(module: ModuleType, value: str) -> bool:

@@ -34,8 +34,9 @@ def attached_groups(
 ) -> Groups:
     """Splits an optimizer's groups by role, with the names, scalings and pairs that the model tells.
 
-    Options that a group has for itself, its tuned rate and its schedule go on in each of its parts. Parameters of
-    another model stay as they are; frozen ones are left out, so that the groups are those of `param_groups(model)`.
+    Options that a group has for itself, its tuned rate and its schedule go on in each of its parts. Frozen parameters
+    are left out: one group of bare parameters becomes those of `param_groups(model)`. Another model's stay, at the
+    end.
 
     Args:
         groups: filled param groups.
@@ -47,36 +48,38 @@ def attached_groups(
         ValueError: the model trains none of the parameters.
     """
     new_modules = (new_modules,) if isinstance(new_modules, str) else tuple(new_modules)
-    parts: Groups = []
-    told = 0
+    parts: list[tuple[int, dict[str, Any]]] = []
+    rest: Groups = []
     for group in groups:
         entries = READERS["model"](model, weight_decay=group["weight_decay"], new_modules=new_modules)
         known = list(_told_parts(group, entries, config))
-        rest = _rest(group, known)
-        told += len(known)
-        parts += [*known, *rest]
-    if not told:
+        parts += known
+        rest += _rest(group, [part for _, part in known])
+    if not parts:
         raise ValueError(
             f"{type(model).__name__} trains none of this optimizer's parameters; attach the model that they belong to"
         )
-    parts[0] |= {key: groups[0][key] for key in SHARED if key in groups[0]}
-    return parts
+    ordered = [part for _, part in sorted(parts, key=lambda numbered: numbered[0])]
+    ordered[0] |= {key: groups[0][key] for key in SHARED if key in groups[0]}
+    return ordered + rest
 
 
-def _told_parts(group: Mapping[str, Any], entries: Groups, config: AutomagicConfig) -> Iterator[dict[str, Any]]:
-    """Yields the part of a group that each of the model's groups tells of."""
+def _told_parts(
+    group: Mapping[str, Any], entries: Groups, config: AutomagicConfig
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the part of a group that each of the model's groups tells of, with that group's number."""
     place = {id(param): i for i, param in enumerate(group["params"])}
     own = _own_options(group, config)
     schedule = schedule_factor(group)
     fixed = {*option_names(), *SHARED, *PER_PARAMETER, "params", "initial_lr"}
     brought = {key: value for key, value in group.items() if key not in fixed}
-    for entry in entries:
+    for number, entry in enumerate(entries):
         chosen = [i for i, param in enumerate(entry["params"]) if id(param) in place]
         if chosen:
             here = [place[id(entry["params"][i])] for i in chosen]
             told = {**entry, **_pick(entry, chosen)}
             part = fill_group({**brought, **own, **_pick(group, here), **told}, config)
-            yield part | {"lr": part["initial_lr"] * schedule}
+            yield number, part | {"lr": part["initial_lr"] * schedule}
 
 
 def _rest(group: dict[str, Any], known: Groups) -> Groups:

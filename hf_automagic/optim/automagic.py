@@ -245,7 +245,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, bit for bit, whatever the parameters' dtype.
 
-        How states are stored stays as this optimizer was built (`config.STORAGE_OPTIONS`): states that were saved in
+        How states are stored stays as this optimizer was built (`config.StorageOptions`): states that were saved in
         another codec, block size or precision are converted in the next step. All other options come from the file.
 
         Raises:

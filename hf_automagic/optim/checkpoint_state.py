@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import STORAGE_OPTIONS, option_names
+from ..config import option_names, storage_option_names
 
 
 class _Kept:
@@ -59,7 +59,7 @@ def load_packed_state(
     torch_load({**state_dict, "state": _map_tensors(state_dict["state"], _Kept)})
     for group, before in zip(optimizer.param_groups, own, strict=True):
         # an option that the file's version did not have keeps the value that it has here
-        kept = [name for name in option_names() if name in STORAGE_OPTIONS or name not in group]
+        kept = [name for name in option_names() if name in storage_option_names() or name not in group]
         group |= {name: before[name] for name in kept}
     names = {id(p): name for group in optimizer.param_groups for p, name in _named(group)}
     for param, state in optimizer.state.items():

@@ -39,6 +39,13 @@ def attach_loss_hook(model: nn.Module, optimizer: Any) -> RemovableHandle:
     return intake.hooks[model]
 
 
+def detach_loss_hooks(optimizer: Any) -> None:
+    """Takes every hook of an Automagic off the models that it sits on."""
+    for handle in list(optimizer.loss_intake.hooks.values()):
+        handle.remove()
+    optimizer.loss_intake.hooks.clear()
+
+
 class LossHook:
     """Shows the loss in a forward's output to one optimizer; its copy, in a copied or pickled model, shows nothing."""
 

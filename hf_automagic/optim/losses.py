@@ -21,7 +21,7 @@ class LossIntake:
         """Starts without a loss and without hooks."""
         self.hooks: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
         self._handed, self._hooked = _RunningLoss(), _RunningLoss()
-        self._missed = False
+        self.expects_losses = True  # off where it is known, or has been said, that none come
 
     def hand_over(self, loss: Tensor | float, *, is_share: bool = False) -> None:
         """Takes a loss from the training loop.
@@ -55,12 +55,12 @@ class LossIntake:
         return _mean_over_ranks(loss, device)
 
     def _say_once(self) -> None:
-        if not self._missed:
+        if self.expects_losses:
             logger.warning(
                 "context is on and this step saw no loss: the context follows the gradients alone. Use step(closure), "
                 "step(loss=loss), observe_loss(loss) or attach_loss_hook(model, optimizer)."
             )
-        self._missed = True
+        self.expects_losses = False
 
 
 class _RunningLoss:

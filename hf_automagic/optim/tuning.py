@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..transforms.self_tuning import agreement_cosine, log_rate_step
+from ..transforms.self_tuning import log_rate_step
 from .groups import log_rate_limits
 
 
@@ -32,8 +32,8 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
         if not parts:
             continue
         tuned = [groups[i] for i in members]
-        cosine = agreement_cosine(add_pools(finite.device, [sums.pool for sums in parts]))
-        change = log_rate_step(cosine, sum(sums.numel for sums in parts), tuned[0]["lr_speed"])
+        pool, numel = add_pools(finite.device, [sums.pool for sums in parts]), sum(sums.numel for sums in parts)
+        change = log_rate_step(pool, numel, tuned[0]["lr_speed"], tuned[0]["lr_drift"])
         lower, upper = log_rate_limits(tuned)
         for group in tuned:
             moved = (group["log_rate"] + change).clamp(lower, upper)

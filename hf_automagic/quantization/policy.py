@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..config import AutomagicConfig
-from .core import CODECS, Codec, make_codec
+from .core import Codec, make_codec
 from .feedback import WithFeedback
 from .log16 import Log16
 
@@ -86,17 +86,18 @@ def choose_codecs(
     codec = make_codec(config.codec, _block_size(param, config, strategy))
     if not (config.quantize_states and _is_worth_it(param, config, strategy)):
         return StateCodecs()
-    problem = find_problem(config.codec, param.device.type)
-    if problem and config.strict:
-        raise RuntimeError(f"codec {config.codec!r} cannot run on {param.device.type}: {problem}")
-    if problem:
-        return StateCodecs(fell_back=True)
     rows = param.shape[0]
     narrow = min(rows, param.shape.numel() // rows) < FEW_ROWS
     in_16_bits = config.vector_precision == "log16" or (config.vector_precision == "auto" and narrow)
     in_16_bits = in_16_bits and param.role != EMBEDDING
     matrix = WithFeedback(codec, config.sync_frequency) if config.error_correction else codec
-    return StateCodecs(matrix, Log16() if in_16_bits else None)
+    matrix_runs = _runs(config.codec, param.device.type, config.strict)
+    vector_runs = not in_16_bits or _runs("log16", param.device.type, config.strict)
+    return StateCodecs(
+        matrix if matrix_runs else None,
+        Log16() if in_16_bits and vector_runs else None,
+        fell_back=not (matrix_runs and vector_runs),
+    )
 
 
 def _overridden(config: AutomagicConfig, name: str) -> AutomagicConfig:
@@ -126,12 +127,19 @@ def _is_worth_it(param: ParamInfo, config: AutomagicConfig, strategy: Quantizati
     return shape.numel() >= config.min_8bit_size or not config.mixed_precision
 
 
+def _runs(codec: str, device_type: str, strict: bool) -> bool:
+    problem = find_problem(codec, device_type)
+    if problem and strict:
+        raise RuntimeError(f"codec {codec!r} cannot run on {device_type}: {problem}")
+    return problem is None
+
+
 @functools.cache
 def find_problem(codec: str, device_type: str) -> str | None:
     """Tries a codec on a device, once; returns why it cannot run there, and says so in the log. None where it can."""
     device = torch.device("cpu" if device_type == "meta" else device_type)
     try:
-        trial = CODECS[codec](64)
+        trial = Log16() if codec == "log16" else make_codec(codec, 64)
         trial.decode(trial.encode(torch.ones((1, 1, 64), device=device)))
     except (ImportError, OSError, RuntimeError, ValueError, AttributeError) as error:
         logger.warning("codec %r cannot run on %s, these states stay in fp32: %s", codec, device_type, error)

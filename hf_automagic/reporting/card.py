@@ -114,7 +114,9 @@ def _rate_lines(record: RunRecord) -> list[str]:
     """Writes a table line for each kind of parameter."""
     lines = []
     for kind, title in KINDS.items():
-        groups = [g for g in record.config["groups"] if role_key(g["role"]) == kind and g["elements"]]
+        groups = [
+            g for g in record.config["groups"] if role_key(g["role"], g["is_full_weight"]) == kind and g["elements"]
+        ]
         if groups:
             rails = sorted({f"{g['min_lr']:.3g} to {g['max_lr']:.3g}" if g["self_tuning"] else "none" for g in groups})
             rates = record.series(f"optim/lr_{kind}")[1]

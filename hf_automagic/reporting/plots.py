@@ -157,7 +157,7 @@ def _rails(config: Mapping[str, Any]) -> dict[tuple[float, float], list[str]]:
     for group in config.get("groups", []):
         if group.get("self_tuning") and group.get("elements"):
             names = rails.setdefault((group["min_lr"], group["max_lr"]), [])
-            name = KINDS[role_key(group["role"])]
+            name = KINDS[role_key(group["role"], group["is_full_weight"])]
             names += [name] if name not in names else []
     return rails
 

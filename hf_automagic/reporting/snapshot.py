@@ -20,22 +20,26 @@ __all__ = ["GroupSnapshot", "OptimizerSnapshot", "unwrap_optimizer"]
 SAMPLE = 2**22  # largest number of codes looked at, so that a snapshot of a large model stays a few MB and ms
 SATURATED_CODE = 127
 
-# What a role is called in log keys: few keys, and the ones a user asks for.
+# What a role is called in log keys: few keys, and the ones a user asks for. All others go by the rails they step at.
 ROLE_KEYS = {
     Role.LORA_A: "A",
     Role.EMBEDDING_A: "A",
     Role.LORA_B: "B",
     Role.EMBEDDING_B: "B",
     Role.NEW: "new",
-    Role.FULL: "full",
-    Role.EMBEDDING: "full",
 }
 
 
-def role_key(role: str) -> str:
-    """Returns what a role is called in log keys: A, B, new, full or adapter; biases and norms count as full."""
-    known = Role(role)
-    return ROLE_KEYS.get(known, "full" if known.is_full_weight else "adapter")
+def role_key(role: str, is_full_weight: bool) -> str:
+    """Returns what a group is called in log keys: A, B, new, full or adapter.
+
+    A bias of a pretrained layer counts as full, that of a new head or of an adapter as adapter.
+
+    Args:
+        role: value of `optim.roles.Role`.
+        is_full_weight: whether the group steps at the rails of pretrained weights.
+    """
+    return ROLE_KEYS.get(Role(role), "full" if is_full_weight else "adapter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ class GroupSnapshot:
 
     Args:
         role: value of `optim.roles.Role`.
+        is_full_weight: whether it steps at the rails of pretrained weights.
         adapter: the adapter's name, empty outside PEFT.
         parameters: number of tensors.
         elements: number of their elements.
@@ -58,6 +63,7 @@ class GroupSnapshot:
     """
 
     role: str
+    is_full_weight: bool
     adapter: str
     parameters: int
     elements: int
@@ -72,7 +78,7 @@ class GroupSnapshot:
     @property
     def key(self) -> str:
         """What the group is called in log keys, see `role_key`."""
-        return role_key(self.role)
+        return role_key(self.role, self.is_full_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,8 @@ class OptimizerSnapshot:
             None without such codes.
         multiplier: what the context controller multiplied the rate with, None without one.
         consistency: its gradient consistency, None without one.
-        events: the newest events, oldest first; their numbers count all that there ever were.
+        event_count: number of events that there ever were.
+        events: the newest of them, oldest first.
         effective_rank: mean over the LoRA pairs of exp(entropy of the singular values of BA), None without pairs.
     """
 
@@ -107,6 +114,7 @@ class OptimizerSnapshot:
     saturated_fraction: float | None = None
     multiplier: float | None = None
     consistency: float | None = None
+    event_count: int = 0
     events: tuple[Event, ...] = ()
     effective_rank: float | None = None
 
@@ -154,6 +162,7 @@ class OptimizerSnapshot:
             saturated_fraction=values.get("saturated"),
             multiplier=values.get("applied_multiplier"),
             consistency=values.get("consistency"),
+            event_count=events[-1].number if events else 0,
             events=tuple(events),
             effective_rank=values.get("effective_rank"),
         )
@@ -181,7 +190,7 @@ class OptimizerSnapshot:
             "rail_position": self.rail_position,
             "multiplier": self.multiplier,
             "consistency": self.consistency,
-            "events": self.events[-1].number if self.events else 0,
+            "events": self.event_count,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
             "state_mb": self.state_bytes / 2**20,
@@ -253,6 +262,7 @@ def _group(index: int, group: Mapping[str, Any], values: Mapping[Any, float]) ->
         position = min(1.0, max(0.0, way))
     return GroupSnapshot(
         role=group["role"],
+        is_full_weight=group["is_full_weight"],
         adapter=group.get("adapter", ""),
         parameters=len(group["params"]),
         elements=sum(p.numel() for p in group["params"]),

@@ -40,18 +40,21 @@ def agreement_cosine(pool: Mapping[str, Tensor]) -> Tensor:
     return torch.where(norm > 0, pool["agreement"] / torch.where(norm > 0, norm, 1.0), 0.0).clamp(-1.0, 1.0)
 
 
-def log_rate_step(cosine: Tensor, numel: int, speed: float) -> Tensor:
-    """Returns the change of the rate's logarithm: speed * clip(cosine * sqrt(numel / 8) / 4, -1, 1)  # []
+def log_rate_step(pool: Mapping[str, Tensor], numel: int, speed: float, drift: float) -> Tensor:
+    """Returns the change of the rate's logarithm: speed * (clip(cosine * sqrt(numel / 8) / 4, -1, 1) + drift)  # []
 
     Of n independent elements the cosine has a spread of 1 / sqrt(n). Gradients depend on one another, so n / 8 is
-    counted, and a step is full at four spreads (our heuristic; the figures stand in model_cards/).
+    counted, and the vote is full at four spreads (our heuristic). Near a good rate the votes cancel, and without a
+    drift the rate would wander away from its upper rail, the best prior there is. Without any gradient nothing moves.
 
     Args:
-        cosine: agreement of gradient and momentum  # []
+        pool: sums of `MeasureAgreement` over all parameters.
         numel: elements that took part.
-        speed: the largest change of a step, in units of log(rate).
+        speed: the change at full agreement, in units of log(rate).
+        drift: what the votes are lifted by; 0 is the plain hypergradient rule.
     """
-    return speed * (cosine * (math.sqrt(numel / 8) / 4)).clamp(-1.0, 1.0)
+    vote = (agreement_cosine(pool) * (math.sqrt(numel / 8) / 4)).clamp(-1.0, 1.0)
+    return torch.where(pool["update"] > 0, speed * (vote + drift), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

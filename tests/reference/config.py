@@ -38,6 +38,7 @@ class ReferenceConfig:
     self_tuning: bool = False
     lr_pool: Literal["global", "group"] = "global"
     kappa: float = 0.1
+    drift: float = 0.0
     granularity: Literal["tensor", "element"] = "tensor"
     mask_band: float = 4.0
     sync_frequency: int = 100

@@ -175,6 +175,7 @@ class ReferenceOptimizer:
             self.config.kappa,
             low=min(math.log(o.min_lr / o.lr) for o in rails),
             high=max(math.log(o.max_lr / o.lr) for o in rails),
+            drift=self.config.drift if any(p.trace["u"].any() for p in active) else 0.0,
         )
 
     # stages 9 to 12

@@ -23,12 +23,14 @@ def pooled_cosine(pairs: list[tuple[Tensor, Tensor]]) -> float:
     return dot / norm if norm > 0 else 0.0
 
 
-def advance_log_rate(log_rate: float, cosine: float, numel: int, kappa: float, low: float, high: float) -> float:
-    """K <- clamp(K + kappa clip(c sqrt(N/8) / 4, -1, 1), low, high): at most kappa a step, no drift under noise.
+def advance_log_rate(
+    log_rate: float, cosine: float, numel: int, kappa: float, low: float, high: float, drift: float = 0.0
+) -> float:
+    """K <- clamp(K + kappa (clip(c sqrt(N/8) / 4, -1, 1) + drift), low, high).
 
-    low, high: the rails as ln(rail / lr0), so that K never winds up outside them.
+    low, high: the rails as ln(rail / lr0), so that K never winds up outside them. drift: 0 stands still under noise.
     """
-    log_rate += kappa * min(max(cosine * math.sqrt(numel / 8) / 4, -1.0), 1.0)
+    log_rate += kappa * (min(max(cosine * math.sqrt(numel / 8) / 4, -1.0), 1.0) + drift)
     return min(max(log_rate, low), high)
 
 
