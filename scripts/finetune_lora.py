@@ -10,7 +10,9 @@ the sentences are inside the source distribution of vaderSentiment 0.5.
 
 import argparse
 import dataclasses
+import json
 import math
+import subprocess
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,15 +30,14 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
-import hf_automagic  # registers the names "automagic_8bit", "came_8bit", ... for optim=
+from hf_automagic import AutomagicTrainer  # the import also registers "automagic_8bit", "came_8bit", ... for optim=
 
 SCRIPTS = Path(__file__).resolve().parent
-TRUE_RATE = "optim/lr_mean"  # hf_automagic.EffectiveLRCallback logs it
+TRUE_RATE = "optim/lr_mean"  # AutomagicTrainer logs it, whatever the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="seeds the head, the adapters, dropout and the order of the batches")
     add("--output_dir", type=Path, default=Path("runs/finetune_lora"), help="where the adapter is written")
     add("--resume_from_checkpoint", help="folder of a checkpoint that --save_steps wrote")
+    add("--record", type=Path, help="file to which the results are appended, a JSON line each; see demo_card.py")
     add("--baseline", action="store_true", help="also run AdamW at 1e-3, its best rate on the movie sentences")
     return parser.parse_args(arguments)
 
@@ -116,7 +118,7 @@ def finetune(options: argparse.Namespace, data: DatasetDict) -> Result:
     tokenizer, model = build_model(options, data["train"].features["label"])
     train, test = (tokenize(data[part], tokenizer, options.max_length) for part in ("train", "test"))
     order = order_by_length(train["length"], options.batch_size, options.max_steps, options.seed)
-    trainer = Trainer(
+    trainer = AutomagicTrainer(  # a plain Trainer trains alike; this one also logs true rates and leaves statistics
         model=model,
         args=arguments,
         train_dataset=train.select(order),
@@ -124,14 +126,37 @@ def finetune(options: argparse.Namespace, data: DatasetDict) -> Result:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy(),
-        callbacks=[hf_automagic.EffectiveLRCallback()],
     )
     print(banner(options, data, model), flush=True)
     before = trainer.evaluate()
     seconds = trainer.train(resume_from_checkpoint=options.resume_from_checkpoint).metrics["train_runtime"]
     after = trainer.evaluate()
     trainer.save_model()
-    return Result(options.optim, before, after, trainer.state.log_history, seconds, options.output_dir)
+    trainer.create_model_card()
+    result = Result(options.optim, before, after, trainer.state.log_history, seconds, options.output_dir)
+    if options.record:
+        record(result, options)
+    return result
+
+
+def record(result: Result, options: argparse.Namespace) -> None:
+    """Appends what a run reached to a file, with what made it."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=SCRIPTS, capture_output=True, text=True)
+    line = {
+        "optim": options.optim,
+        "learning_rate": options.learning_rate,
+        "steps": options.max_steps,
+        "seed": options.seed,
+        "loss": round(result.after["eval_loss"], 4),
+        "accuracy": round(result.after["eval_accuracy"], 4),
+        "highest_true_rate": highest(result.log, TRUE_RATE),
+        "device": "GPU" if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or "none",
+    }
+    with options.record.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def build_model(options: argparse.Namespace, classes: ClassLabel) -> tuple[PreTrainedTokenizerBase, PeftModel]:
