@@ -16,8 +16,8 @@ LORA_FACTORS = {
     "lora_embedding_B": Role.EMBEDDING_B,
 }
 MAGNITUDE = "lora_magnitude_vector"
-# Factors on activations that start at one (IA3 2205.05638, BOFT 2311.06243, RoAd 2409.00119): decay fades the model.
-SCALES_FROM_ONE = frozenset({"ia3_l", "boft_s", "road_alpha"})
+# Factors that start at one (IA3 2205.05638, BOFT 2311.06243, RoAd 2409.00119, PEFT's PSOFT): decay fades the model.
+SCALES_FROM_ONE = frozenset({"ia3_l", "boft_s", "road_alpha", "vector_a", "vector_b"})
 # The children through which PEFT's classes hold the model that they adapt; all other children are the adapter's own.
 WRAPPED = frozenset({"base_model", "model", "base_layer", "original_module", "token_adapter", "word_embeddings"})
 
@@ -93,7 +93,7 @@ def _adapter_item(path: str, layer: nn.Module, name: str, adapter: str, item: An
             yield NamedRole("", param, Role.MAGNITUDE, adapter, path), ""
         else:
             role = _adapter_role(owner, leaf or name, param)
-            yield NamedRole("", param, role, adapter, path, decays=name not in SCALES_FROM_ONE), ""
+            yield NamedRole("", param, role, adapter, path, decays=not {name, leaf} & SCALES_FROM_ONE), ""
 
 
 def _lora_factor(

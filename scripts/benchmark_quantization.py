@@ -10,10 +10,7 @@ where the weights went and where they went with fp32 states, relative to how far
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any
 
 import peer_codecs  # noqa: F401  registers "bfloat16" and "torchao"
 import torch
+from provenance import provenance
 from torch import Tensor
 
 from hf_automagic import Automagic
@@ -209,18 +207,6 @@ def distance(values: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """Returns the L2 distance of lists of tensors, relative to the second."""
     difference = sum(float((v - e).double().square().sum()) for v, e in zip(values, exact, strict=True))
     return (difference / sum(float(e.double().square().sum()) for e in exact)) ** 0.5
-
-
-def provenance() -> dict[str, str]:
-    """Says what the figures were measured with."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "bitsandbytes", "torchao") if find_spec(name)
-    }
-    device = f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    return {"device": device, **versions, "commit": git.stdout.strip() or "none"}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

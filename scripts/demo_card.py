@@ -39,7 +39,7 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         f"| {run['optim']} | {run['learning_rate']:g} | {run['seed']} | {run['loss']:.4f} "
         f"| {run['loss'] / anchors[run['seed']]:.3f} | {run['accuracy']:.4f} | {run['highest_true_rate']:.2e} "
-        f"| {run['device']}, torch {run['torch']}, transformers {run['transformers']}, commit {run['commit']} |"
+        f"| {run['device']}, torch {run['torch']}, commit {run['commit']} |"
         for run in order
         if run["seed"] in anchors
     ]

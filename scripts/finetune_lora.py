@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-import subprocess
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model
+from provenance import provenance
 from sentences import MOVIE_HELD_OUT, fingerprint, load_movie_sentences, load_sentences, order_by_length
 from transformers import (
     AutoModelForSequenceClassification,
@@ -141,7 +141,6 @@ def finetune(options: argparse.Namespace, data: DatasetDict) -> Result:
 
 def record(result: Result, options: argparse.Namespace) -> None:
     """Appends what a run reached to a file, with what made it."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=SCRIPTS, capture_output=True, text=True)
     line = {
         "optim": options.optim,
         "learning_rate": options.learning_rate,
@@ -150,10 +149,7 @@ def record(result: Result, options: argparse.Namespace) -> None:
         "loss": round(result.after["eval_loss"], 4),
         "accuracy": round(result.after["eval_accuracy"], 4),
         "highest_true_rate": highest(result.log, TRUE_RATE),
-        "device": "GPU" if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__.split("+")[0],
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "none",
+        **provenance(),
     }
     with options.record.open("a") as file:
         file.write(json.dumps(line) + "\n")

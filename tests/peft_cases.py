@@ -44,7 +44,10 @@ class TinyConv(nn.Module):
 
 @dataclass(frozen=True)
 class Tuner:
-    """One way to adapt a model: PEFT's config class, its arguments, and the roles of what it trains."""
+    """One way to adapt a model: PEFT's config class, its arguments, and the roles of what it trains.
+
+    `second` are the arguments of another adapter of that class, which trains beside the first.
+    """
 
     name: str
     config: str
@@ -55,6 +58,7 @@ class Tuner:
     facts: dict[str, Any] = field(default_factory=dict)
     labels: tuple[int, ...] = ()
     inputs: dict[str, Any] = field(default_factory=dict)
+    second: dict[str, Any] = field(default_factory=dict)
 
     def loss(self, model: nn.Module) -> torch.Tensor:
         """The loss of the adapted model on a fixed batch of two."""
@@ -70,6 +74,8 @@ Q = {"target_modules": ["q_proj"]}
 AB = {"lora_A": 1, "lora_B": 1}
 TWO = {"lora_A": 2, "lora_B": 2}
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+VIRTUAL_TOKENS = {"cpt_token_ids": [0, 1], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}
+TASKS = {"task_ids": torch.tensor([0, 1])}
 
 
 def lora(
@@ -117,6 +123,10 @@ TUNERS = [
         2,
         modules_to_save=["embed_tokens", "lm_head", "norm"],
     ),
+    replace(
+        lora("two_adapters", {"lora_A": 3, "lora_B": 3}, 3, {"rank": {4, 2}, "scaling": {2.0, 1.5}}),
+        second={"r": 2, "lora_alpha": 3, **Q},
+    ),
     lora("base_bias", {**AB, "bias": 1, "norm": 1}, 1, model=TinyConv, target_modules=["conv"], bias="all"),
     other("AdaLora", {**TWO, "adapter": 2}, {"scaling": {2.0}}, init_r=4, total_step=9, tinit=1, tfinal=1, **QV),
     other("LoHa", {"adapter": 8}, r=2, **QV),
@@ -132,18 +142,36 @@ TUNERS = [
     other("PrefixTuning", {"adapter": 1}, **PROMPT),
     other("PromptEncoder", {"adapter": 4, "bias": 3}, encoder_hidden_size=8, **PROMPT),
     other("AdaptionPrompt", {"adapter": 2}, adapter_len=3, adapter_layers=1),
+    other("Adamss", {"adapter": 20}, **QV),
+    other("Beft", {"adapter": 2}, **QV),
     other("C3A", {"adapter": 2}, block_size=4, **QV),
+    other("CPT", {"adapter": 1}, task_type="CAUSAL_LM", **VIRTUAL_TOKENS),
+    other("Cartridge", {"adapter": 1}, **PROMPT),
+    other("Deft", {"adapter": 4}, **QV),
     other("Delora", {"adapter": 6}, r=2, **QV),
+    other("Frod", {"adapter": 4}, **QV),
+    other("Glora", {"adapter": 8}, **QV),
     other("Gralora", {"adapter": 4}, r=4, gralora_k=2, **QV),
     other("HRA", {"adapter": 2}, r=2, **QV),
     other("Hira", {"adapter": 4}, r=2, **QV),
+    other("Lily", {"adapter": 6}, r=4, **QV),
     other("Miss", {"adapter": 2}, r=4, **QV),
+    replace(other("MultitaskPromptTuning", {"adapter": 3}, num_tasks=2, num_ranks=1, **PROMPT), inputs=TASKS),
+    other("OSF", {"adapter": 6}, **QV),
+    other("Peanut", {"adapter": 4}, **QV),
     replace(
         other("Poly", {"adapter": 6}, task_type="CAUSAL_LM", r=2, n_tasks=2, n_skills=2, n_splits=2, **QV),
-        inputs={"task_ids": torch.tensor([0, 1])},
+        inputs=TASKS,
     ),
+    other("Psoft", {"adapter": 6}, r=4, **QV),
+    other("Pvera", {"adapter": 4}, r=4, **QV),
     other("RandLora", {"adapter": 4}, r=4, **QV),
+    other("Road", {"adapter": 4}, group_size=8, **QV),
     other("Shira", {"adapter": 2}, r=2, **QV),
+    other("Supertuning", {"adapter": 2}, **QV),
+    other("TinyLora", {"adapter": 2}, **QV),
+    other("UniLora", {"adapter": 1}, **QV),
+    other("WaveFT", {"adapter": 2}, n_frequency=8, **QV),
     other("VBLoRA", {"adapter": 5}, r=2, vector_length=4, num_vectors=8, topk=2, **QV),
 ]
 
@@ -156,7 +184,12 @@ def adapt(tuner: Tuner) -> nn.Module:
         name: getattr(peft, value[0])(**value[1]) if isinstance(value, tuple) else value
         for name, value in tuner.options.items()
     }
-    return peft.get_peft_model(tuner.model(), getattr(peft, tuner.config)(**options))
+    config = getattr(peft, tuner.config)
+    model = peft.get_peft_model(tuner.model(), config(**options))
+    if tuner.second:
+        model.add_adapter("second", config(**tuner.second))
+        model.base_model.set_adapter(["default", "second"])
+    return model
 
 
 def tuner_named(name: str) -> Tuner:

@@ -42,6 +42,8 @@ CONFIG_DEFAULTS = {
 }
 FAMILY = {
     "lr": 1e-6,
+    "min_lr": 1e-7,
+    "max_lr": 1e-3,
     "betas": (0.8, 0.99, 0.999),
     "eps": (1e-30, 1e-16, 1e-8),
     "weight_decay": 5e-4,

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_automagic import Automagic
 from hf_automagic.callbacks import (
@@ -22,7 +22,19 @@ from hf_automagic.callbacks import (
 )
 from hf_automagic.reporting.snapshot import OptimizerSnapshot
 from hf_automagic.reporting.stats import RunRecord
-from tests.tiny_runs import InOrder, Recorder, TinyRegression, arguments, regression_points, training_logs
+from tests.tiny_runs import (
+    InOrder,
+    Recorder,
+    TinyRegression,
+    arguments,
+    regression_points,
+    sentences,
+    tiny_adapter,
+    training_logs,
+)
+
+# peft still uses names that transformers has replaced
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning:transformers")
 
 OURS = (Automagic, {"lr": 1e-3})
 
@@ -86,6 +98,23 @@ def test_tensorboards_file_holds_the_keys(tmp_path):
     written = EventAccumulator(str(file)).Reload()
     rates = [point.value for point in written.Scalars("train/optim/lr_mean")]
     assert rates == pytest.approx([log["optim/lr_mean"] for log in training_logs(trainer)])
+
+
+def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    for module in ("trackio.utils", "trackio.sqlite_storage"):
+        monkeypatch.setattr(f"{module}.TRACKIO_DIR", tmp_path / "trackio")
+    trainer = stock_trainer(tmp_path, report_to="trackio", project="tiny", run_name="run")
+    attach(trainer)
+    trainer.train()
+    written = [row for row in SQLiteStorage.get_logs("tiny", "run") if "train/loss" in row]
+    for row, log in zip(written, training_logs(trainer), strict=True):
+        ours = {key: value for key, value in log.items() if key.startswith("optim/")}
+        assert {"optim/lr_mean", "optim/lr_full", "optim/skipped_steps", "optim/state_mb"} <= ours.keys()
+        assert {key: row[f"train/{key}"] for key in ours} == ours
+        assert all(type(row[f"train/{key}"]) is float for key in ours)
 
 
 def test_all_callbacks_of_a_log_share_one_read(tmp_path, monkeypatch):
@@ -212,3 +241,27 @@ def test_trainables_that_no_group_knows_are_told_once(tmp_path, caplog):
     assert len(told) == 1
     assert told[0].startswith("1 trainable parameter(s) are in no group")
     assert "layers.2.bias" in told[0]
+
+
+class SwitchesAdapter(TrainerCallback):
+    """Goes on with another adapter after two steps."""
+
+    def on_step_end(self, args, state, control, model=None, **event):
+        if state.global_step == 2:
+            model.set_adapter("second")
+
+
+def test_switching_the_adapter_in_a_run_is_told_once(tmp_path, caplog):
+    peft = pytest.importorskip("peft")
+    model = tiny_adapter()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.set_adapter("default")
+    args = arguments(tmp_path, optim="automagic_8bit")
+    trainer = Trainer(model, args, train_dataset=sentences(32), callbacks=[EdgeCaseCallback(), SwitchesAdapter()])
+    with caplog.at_level(logging.WARNING, logger="hf_automagic"):
+        trainer.train()
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "hf_automagic.callbacks"]
+    assert told.startswith(
+        "4 trainable parameter(s) are in no group of the optimizer and stay as they are, the first is"
+    )
+    assert "lora_A.second" in told

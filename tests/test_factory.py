@@ -72,6 +72,34 @@ def test_the_banner_is_logged_once(caplog):
     assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO].count(optimizer.describe()) == 1
 
 
+class WithLoss(nn.Module):
+    """Returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x).square().mean()}
+
+
+@pytest.mark.parametrize("optim", list_optimizers())
+def test_a_model_is_listened_to_where_the_context_asks(optim):
+    model = WithLoss()
+    optimizer = create_automagic_optimizer(model, optim)
+    asks = bool(get_optimizer_info(optim).options.get("context"))
+    assert len(model._forward_hooks) == asks
+    loss = model(torch.arange(3.0))["loss"]
+    loss.backward()
+    optimizer.step()
+    assert list(optimizer.c_optim.history().losses) == [pytest.approx(loss.item())] * asks
+
+
+def test_parameters_alone_have_no_loss_to_listen_to():
+    optimizer = create_automagic_optimizer(WithLoss().parameters(), context=True)
+    assert len(optimizer.loss_intake.hooks) == 0
+
+
 def test_the_pair_fits_optimizer_cls_and_kwargs():
     cls, kwargs = optimizer_cls_and_kwargs("automagic", {"lr": 1e-3})
     assert (cls, kwargs) == (Automagic, {"quantize_states": False, "lr": 1e-3})

@@ -38,9 +38,9 @@ def compare(steps: int, vectors: float, mask: float, weights: float) -> None:
             assert (ratio.mean() - 1).abs() < vectors / 2, name
         difference = actual["lr_mask"].float() - expected["lr_mask"].float()
         moved = (expected["lr_mask"].float() - 128).std()
-        assert moved > 2
+        assert moved > 3
         assert difference.std() < mask * moved
-        assert difference.mean().abs() < 1
+        assert difference.mean().abs() < 0.5
         assert (param - twin).norm() < weights * twin.norm()
 
 
@@ -50,4 +50,5 @@ def test_for_300_steps():
 
 @pytest.mark.slow
 def test_for_20000_steps():
-    compare(20_000, vectors=0.02, mask=0.2, weights=0.05)
+    # a mask counts votes, some of which are close: masks differ by a tenth of their spread, and weights by as much
+    compare(20_000, vectors=0.01, mask=0.15, weights=0.15)

@@ -55,7 +55,7 @@ def test_groups_hold_each_parameter_once_with_aligned_lists(tuner):
     assert [g["names"] for g in groups] == [g["names"] for g in param_groups(adapt(tuner), weight_decay=0.1)]
 
 
-@pytest.mark.parametrize("name", ["ia3", "boft"])
+@pytest.mark.parametrize("name", ["ia3", "boft", "road", "psoft"])
 def test_factors_that_start_at_one_do_not_decay(name):
     found = find_parameters(adapt(tuner_named(name)))
     assert {f.decays for f in found if torch.equal(f.param, torch.ones_like(f.param))} == {False}

@@ -27,6 +27,9 @@ def test_an_adapter_learns_and_resumes_bit_for_bit(tuner):
     model = adapt(tuner).eval()  # without dropout
     start = trained(model)
     optimizer = create_automagic_optimizer(model, lr=1e-3, weight_decay=0.01)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert {g["weight_decay"] for g in optimizer.param_groups if g["role"] in ("magnitude", "bias", "norm")} <= {0.0}
     for _ in range(2):
         step(tuner, model, optimizer)
     assert any(not torch.equal(start[name], value) for name, value in trained(model).items())

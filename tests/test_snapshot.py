@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_automagic import Automagic
+from hf_automagic import Automagic, AutomagicConfig, create_automagic_optimizer
 from hf_automagic.reporting.rates import read_at_once, summarize_rates, unwrap_optimizer
 from hf_automagic.reporting.snapshot import OptimizerSnapshot
 from hf_automagic.transforms.self_tuning import element_factor
@@ -150,6 +150,37 @@ def test_log_keys_are_few_and_plain_floats():
     assert all(key.startswith("optim/") and type(value) is float for key, value in logs.items())
     assert {f"optim/lr_{kind}" for kind in ("min", "mean", "max", "A", "B", "new", "full", "adapter")} <= logs.keys()
     assert logs["optim/state_mb"] == optimizer.memory_stats().total_bytes / 2**20
+
+
+@pytest.mark.parametrize(
+    ("role", "is_full_weight", "key"),
+    [
+        ("bias", True, "full"),
+        ("bias", False, "adapter"),
+        ("norm", False, "adapter"),
+        ("embedding", True, "full"),
+        ("embedding_B", False, "B"),
+        ("lora_A", False, "A"),
+        ("new", False, "new"),
+        ("full", False, "adapter"),
+    ],
+)
+def test_a_group_is_called_by_the_rails_it_steps_at(role, is_full_weight, key):
+    optimizer = Automagic([{"params": [param(4)], "role": role, "is_full_weight": is_full_weight}], lr=1e-3)
+    (group,) = OptimizerSnapshot.take(optimizer).groups
+    assert group.key == key
+    assert (group.max_lr < AutomagicConfig.max_lr) is (key == "full")
+
+
+def test_a_new_heads_bias_is_not_called_full():
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    optimizer = create_automagic_optimizer(model, lr=1e-3, new_modules=["head"])
+    take_steps(optimizer, 1)
+    defaults = AutomagicConfig()
+    rates = OptimizerSnapshot.take(optimizer).rates_by_role()
+    full = defaults.max_lr * defaults.full_weight_lr_scale
+    expected = {"adapter": defaults.max_lr, "new": defaults.max_lr, "full": full}
+    assert rates == {key: pytest.approx(rate) for key, rate in expected.items()}
 
 
 def test_a_snapshot_changes_nothing():

@@ -157,9 +157,7 @@ OWN_LOSSES = [
 
 
 @pytest.mark.parametrize(("stock", "shown", "changes"), OWN_LOSSES)
-def test_a_loss_made_outside_the_model_needs_the_mixin_and_the_banner_says_so(
-    tmp_path, caplog, stock, shown, changes
-):
+def test_a_loss_made_outside_the_model_needs_the_mixin_and_the_banner_says_so(tmp_path, caplog, stock, shown, changes):
     trainer = language(tmp_path / "stock", cls=stock, **changes)
     with caplog.at_level(logging.INFO, logger="hf_automagic"):
         trainer.train()

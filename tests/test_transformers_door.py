@@ -189,9 +189,8 @@ with contextlib.redirect_stderr(io.StringIO()) as text:
     t.Trainer(torch.nn.Linear(4, 4), args).create_optimizer()
     ours = (hf_automagic.Automagic, {"lr": 1e-4})
     hf_automagic.AutomagicTrainer(torch.nn.Linear(3, 3), args, optimizer_cls_and_kwargs=ours).create_optimizer()
-seen["banners"] = [
-    text.getvalue().count(line) for line in ("optim=automagic_8bit: lr 5e-05 from learning_rate", "12 trainable elements")
-]
+lines = "optim=automagic_8bit: lr 5e-05 from learning_rate", "12 trainable elements"
+seen["banners"] = [text.getvalue().count(line) for line in lines]
 seen["shape"] = shape(t)
 """
     assert report(SHAPE + code) == {"shape": GOOD, "banners": [1, 1]}

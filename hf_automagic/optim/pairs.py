@@ -179,6 +179,8 @@ class PairView:
         place = {p: (n, i) for n, bucket in enumerate(self.buckets) for i, p in enumerate(bucket.positions)}
         factors: tuple[dict[int, tuple[int, float]], ...] = ({}, {})  # of A, of B: pair -> (position, scaling)
         for position, role, pair, scaling in listed:
+            if position not in place:
+                continue  # frozen since, as an adapter that was switched off
             side = factors[role.is_lora_B]
             if pair in side:
                 raise ValueError(

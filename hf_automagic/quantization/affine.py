@@ -34,9 +34,8 @@ class Affine:
         blocks = split_blocks(values, self.block_size)
         zero = blocks.amin(-1)
         scale = (blocks.amax(-1) - zero) / 255.0
-        divisor = torch.where(scale > 0, scale, 1.0)[..., None]
-        steps = ((blocks - zero[..., None]) / divisor).round().clamp(0, 255)
-        codes = torch.where((scale > 0)[..., None], steps, 0.0).to(torch.uint8)
+        steps = ((blocks - zero[..., None]) / scale[..., None]).round().clamp(0, 255)
+        codes = torch.where((scale > 0)[..., None], steps, 0.0).to(torch.uint8)  # a constant block divides by zero
         return {"codes": join_blocks(codes, values.shape[-1]), "scale": scale, "zero": zero}
 
     def decode(self, fields: Fields) -> Tensor:
