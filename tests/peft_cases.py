@@ -74,7 +74,6 @@ Q = {"target_modules": ["q_proj"]}
 AB = {"lora_A": 1, "lora_B": 1}
 TWO = {"lora_A": 2, "lora_B": 2}
 PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
-VIRTUAL_TOKENS = {"cpt_token_ids": [0, 1], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}
 TASKS = {"task_ids": torch.tensor([0, 1])}
 
 
@@ -145,7 +144,6 @@ TUNERS = [
     other("Adamss", {"adapter": 20}, **QV),
     other("Beft", {"adapter": 2}, **QV),
     other("C3A", {"adapter": 2}, block_size=4, **QV),
-    other("CPT", {"adapter": 1}, task_type="CAUSAL_LM", **VIRTUAL_TOKENS),
     other("Cartridge", {"adapter": 1}, **PROMPT),
     other("Deft", {"adapter": 4}, **QV),
     other("Delora", {"adapter": 6}, r=2, **QV),
