@@ -7,7 +7,7 @@ args = TrainingArguments("out", optim="automagic_8bit")
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .config import AutomagicConfig
 from .factory import create_automagic_optimizer
@@ -38,6 +38,10 @@ from .seeds import (
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from .callbacks import EdgeCaseCallback, EffectiveLRCallback, MemoryCallback, OptimizerStatsCallback
+    from .trainer import AutomagicTrainer, AutomagicTrainerMixin
+
 # What needs transformers is imported when it is asked for: the optimizer itself works with torch alone.
 _NEEDS_TRANSFORMERS = {
     "AutomagicTrainer": "trainer",
@@ -52,6 +56,8 @@ __all__ = [
     "AdaptiveOptimizer",
     "Automagic",
     "AutomagicConfig",
+    "AutomagicTrainer",
+    "AutomagicTrainerMixin",
     "Automagic_CameAMP",
     "Automagic_CameAMP8bit",
     "Automagic_CameAMP_8Bit",
@@ -59,9 +65,13 @@ __all__ = [
     "Automagic_CameAMP_COptim8bit",
     "Automagic_CameAMP_Improved",
     "CustomQuantizationStrategy",
+    "EdgeCaseCallback",
+    "EffectiveLRCallback",
+    "MemoryCallback",
     "MemoryMonitor",
     "Optimizer8BitConfig",
     "OptimizerInfo",
+    "OptimizerStatsCallback",
     "TrainingDashboard",
     "adjust_config_for_model_size",
     "attach_loss_hook",
@@ -78,7 +88,6 @@ __all__ = [
     "register_optimizer",
     "unregister",
     "unregister_optimizer",
-    *_NEEDS_TRANSFORMERS,
 ]
 
 

@@ -119,7 +119,7 @@ def test_at_rate_zero_nothing_moves(mode):
 
 @pytest.mark.parametrize("mode", ["decoupled", "cautious", "selective"])
 def test_more_decay_ends_nearer_to_the_origin(mode):
-    """First the steps lead inwards; then they drift outwards, and in every fifth the gradient wants the weights back."""
+    """First the steps lead inwards; then outwards, and in every fifth the gradient wants the weights back."""
 
     def final(weight_decay: float) -> float:
         weights = {"a": 3 * torch.ones(8, 16, dtype=torch.float64)}

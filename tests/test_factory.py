@@ -95,6 +95,43 @@ def test_a_model_is_listened_to_where_the_context_asks(optim):
     assert list(optimizer.c_optim.history().losses) == [pytest.approx(loss.item())] * asks
 
 
+def test_a_loop_of_accelerate_needs_nothing_else():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = WithLoss()
+    optimizer = create_automagic_optimizer(model, "automagic_coptim", lr=1e-4)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=4)
+    prepared, wrapped, schedule = accelerator.prepare(model, optimizer, schedule)
+    losses = []
+    for batch in torch.randn(6, 3, generator=torch.Generator().manual_seed(0)):
+        with accelerator.accumulate(prepared):
+            loss = prepared(batch)["loss"]
+            accelerator.backward(loss)
+            wrapped.step()
+            schedule.step()
+            wrapped.zero_grad()
+        losses.append(loss.item())
+    pairs = torch.tensor(losses).view(3, 2).mean(1)
+    assert list(optimizer.c_optim.history().losses) == pytest.approx(pairs.tolist())
+    assert int(optimizer.param_groups[0]["counters"]["applied"]) == 3
+
+
+def test_a_loop_that_steps_with_a_closure_as_lightning_does_needs_nothing_else():
+    model = WithLoss()
+    optimizer = create_automagic_optimizer(model, "automagic_coptim", lr=1e-4)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.arange(3.0))["loss"]
+        loss.backward()
+        return loss
+
+    before = model.weight.detach().clone()
+    loss = optimizer.step(closure=closure)
+    assert not torch.equal(before, model.weight)
+    assert list(optimizer.c_optim.history().losses) == [loss.item()]
+
+
 def test_parameters_alone_have_no_loss_to_listen_to():
     optimizer = create_automagic_optimizer(WithLoss().parameters(), context=True)
     assert len(optimizer.loss_intake.hooks) == 0

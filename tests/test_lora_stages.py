@@ -88,7 +88,7 @@ def test_larger_eta_moves_less():
     for eta in (0.5, 2.0, 8.0):
         weights = run_engine(LORA, allora=True, eta=eta)
         moved.append((weights["b"] - start(LORA)["b"]).norm().item())
-    assert moved == sorted(moved, reverse=True)
+    assert moved[0] > moved[1] > moved[2]
 
 
 def test_partners_are_found_by_their_number_not_their_place(monkeypatch):

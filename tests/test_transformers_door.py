@@ -108,22 +108,6 @@ def test_the_string_works_in_every_place(configs, place):
     assert configs[0][place] == "automagic_8bit"
 
 
-def test_saved_arguments_load_where_we_are_not_installed(configs):
-    seen, folder = configs
-    assert seen["types"] == ["str", "OptimizerNames"]
-    code = """
-import torch
-args = torch.load(sys.argv[1], weights_only=False)
-seen = {"optim": args.optim, "ours": [m for m in sys.modules if m.startswith("hf_automagic")]}
-from transformers import TrainingArguments
-try:
-    TrainingArguments("x", optim="automagic_8bit")
-except ValueError:
-    seen["refused"] = True
-"""
-    assert report(code, folder / "training_args.bin") == {"optim": "automagic_8bit", "ours": [], "refused": True}
-
-
 def test_the_import_costs_neither_transformers_nor_cuda():
     code = """
 import torch
@@ -196,10 +180,18 @@ seen["shape"] = shape(t)
     assert report(SHAPE + code) == {"shape": GOOD, "banners": [1, 1]}
 
 
-def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names():
-    code = """
+LATE_IMPORT = """
 import inspect, threading
-import transformers.trainer as t
+import torch, transformers.trainer as t
+
+args = torch.load(sys.argv[1], weights_only=False)
+seen["saved"] = {"optim": args.optim, "ours": [m for m in sys.modules if m.startswith("hf_automagic")]}
+try:
+    t.TrainingArguments("x", optim="automagic_8bit")
+except ValueError:
+    seen["saved"]["refused"] = True
+
+WRAPPED = "get_optimizer_cls_and_kwargs", "create_optimizer"
 
 def state():
     names = t.OptimizerNames
@@ -210,7 +202,6 @@ def state():
         isinstance(vars(t.Trainer)["get_optimizer_cls_and_kwargs"], staticmethod),
     ]
 
-WRAPPED = "get_optimizer_cls_and_kwargs", "create_optimizer"
 before = state()
 import hf_automagic
 seen["us last"] = shape(t)
@@ -228,7 +219,21 @@ hf_automagic.unregister()
 hf_automagic.unregister()
 seen["restored again"] = state() == before
 """
-    assert report(SHAPE + code) == {
+
+
+@pytest.fixture(scope="module")
+def late_import(configs):
+    """What a process saw that loaded transformers, and what `configs` saved, before this package."""
+    return report(SHAPE + LATE_IMPORT, configs[1] / "training_args.bin")
+
+
+def test_saved_arguments_load_where_we_are_not_installed(configs, late_import):
+    assert configs[0]["types"] == ["str", "OptimizerNames"]
+    assert late_import["saved"] == {"optim": "automagic_8bit", "ours": [], "refused": True}
+
+
+def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names(late_import):
+    assert {place: seen for place, seen in late_import.items() if place != "saved"} == {
         "us last": GOOD,
         "eight more times": GOOD,
         "restored": True,

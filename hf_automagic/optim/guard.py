@@ -53,9 +53,10 @@ def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> Tenso
         by_kind.setdefault((grad.device, grad.dtype), []).append(i)
     norms: list[Tensor] = [grads[0]] * len(grads)
     for indices in by_kind.values():
-        some = torch._foreach_norm([grads[i] for i in indices], order, dtype=torch.float32 if order == 2.0 else None)
+        dtype = torch.float32 if order == 2.0 else None
+        some = torch._foreach_norm([grads[i] for i in indices], order, dtype=dtype)  # pyright: ignore
         for i, norm in zip(indices, some, strict=True):
-            norms[i] = norm.to(device=device, dtype=torch.float32, non_blocking=True)
+            norms[i] = norm.to(device=device, dtype=torch.float32)
     return torch.stack(norms)
 
 
