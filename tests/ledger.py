@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ledger_rows import ROWS, Row
+from tests.ledger_rows import ROWS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_automagic"

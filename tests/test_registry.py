@@ -37,7 +37,7 @@ def test_the_default_string_is_the_default_config():
 
 
 def test_fp32_siblings_differ_in_storage_alone():
-    for name in ("automagic", "came"):
+    for name in ("automagic", "automagic_coptim", "came"):
         wide, narrow = (make_config(get_optimizer_info(n).options) for n in (name, f"{name}_8bit"))
         assert wide == narrow.replace(quantize_states=False) != narrow
 

@@ -41,7 +41,7 @@ def test_every_state_name_of_the_first_seed_is_a_key():
             {"exp_avg_res", "s", "lr_mask", "last_polarity"},
         ),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "-".join(sorted(value)),
 )
 def test_a_key_goes_with_its_feature(options, gone):
     names = []
