@@ -63,7 +63,7 @@ class TorchAO:
 
     def spacing(self, fields: Fields) -> Tensor:
         """Is not needed here."""
-        raise NotImplementedError("torchao's code is only measured")
+        raise TypeError("torchao's code is only measured, and cannot store states")
 
     def _map(self, device: torch.device) -> Tensor:
         from torchao.optim.quant_utils import create_dynamic_map

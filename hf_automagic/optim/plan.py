@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import option_names
 from ..quantization import QuantizationStrategy
 from .bucket import Bucket
 from .context import fit_context
@@ -29,6 +30,7 @@ class Plan:
 
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: QuantizationStrategy | None) -> None:
         """Sorts the parameters into buckets; allocates nothing."""
+        self.options = [_options(group) for group in groups]
         self.buckets = _sort_into_buckets(groups, strategy)
         self.pairs = PairView(groups, self.buckets)
 
@@ -36,10 +38,10 @@ class Plan:
         """Whether the groups still hold the same parameters, of the same kind, with the same options."""
         planned = {id(p) for _, bucket in self.buckets for p in bucket.params}
         present = {id(p) for group in groups for p in group["params"] if is_stepped(p)}
-        return planned == present and all(
-            group_config(groups[index]) == bucket.config
-            and all((p.device, p.dtype) == (bucket.device, bucket.dtype) for p in bucket.params)
-            for index, bucket in self.buckets
+        return (
+            planned == present
+            and self.options == [_options(group) for group in groups]
+            and all((p.device, p.dtype) == (b.device, b.dtype) for _, b in self.buckets for p in b.params)
         )
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
@@ -47,6 +49,11 @@ class Plan:
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
+
+
+def _options(group: Mapping[str, Any]) -> list[Any]:
+    """Returns what decides about a group's chain and storage: all options but the rate, which schedulers change."""
+    return [group[name] for name in option_names() if name != "lr"]
 
 
 def _sort_into_buckets(
