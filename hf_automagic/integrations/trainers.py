@@ -64,9 +64,9 @@ def _with_our_groups(
     chosen: tuple[Any, dict[str, Any]] | None, model: nn.Module, weight_decay: float
 ) -> tuple[Any, dict[str, Any]] | None:
     """Completes the choice of a class of ours by groups of the model, where the user made none."""
-    if chosen is None or not (isinstance(chosen[0], type) and issubclass(chosen[0], Automagic)):
+    cls, kwargs = chosen or (None, {})
+    if "params" in kwargs or not (isinstance(cls, type) and issubclass(cls, Automagic)):
         return chosen
-    cls, kwargs = chosen
     return cls, {"params": param_groups(model, weight_decay=weight_decay), **kwargs}
 
 
