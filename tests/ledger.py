@@ -1,6 +1,6 @@
 """Breaks each promise of the ledger in a copy of the package, and expects its test to see it.
 
-    python tests/ledger.py            all rows of ledger_rows.py
+    python tests/ledger.py            all rows of ledger.txt
     python tests/ledger.py attach     those whose promise or test holds the word
 
 Each mutant runs its one test in a process forked from this one, which has imported what is slow. Prints a line a row,
@@ -17,8 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-from tests.ledger_rows import ROWS, Row
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_automagic"
@@ -27,9 +26,36 @@ SLOW_IMPORTS = ("torch", "pytest", "hypothesis", "transformers.trainer", "peft",
 GREEN, RED, NO_IMPORT = 0, 1, 70  # how a process ends; the first two are pytest's
 
 
+class Row(NamedTuple):
+    """One promise: pytest's name of its test, and the text of a file that the mutant has otherwise."""
+
+    section: str
+    promise: str
+    test: str
+    file: str
+    old: str
+    new: str
+
+
+def read_rows() -> list[Row]:
+    """Reads ledger.txt: a line with the promise, and below it, indented, its test and `file: old => new`."""
+    rows, section, lines = [], "", (ROOT / "tests" / "ledger.txt").read_text(encoding="utf-8").splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("# "):
+            section = line.removeprefix("# ")
+        elif section and line and not line.startswith(" "):
+            file, change = lines[i + 2].strip().split(": ", 1)
+            old, new = (text.strip().replace("\\n", "\n") for text in f"{change} ".split(" => "))
+            rows.append(Row(section, line, lines[i + 1].strip(), file, old, new))
+    return rows
+
+
 def main(words: list[str]) -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    rows = [row for row in ROWS if all(word in f"{row.promise} {row.test}" for word in words)]
+    rows = [row for row in read_rows() if all(word in f"{row.promise} {row.test}" for word in words)]
+    if not rows:
+        print(f"no row of the ledger holds {' and '.join(words)}")
+        return 1
     for name in SLOW_IMPORTS:
         if importlib.util.find_spec(name.partition(".")[0]):
             importlib.import_module(name)
