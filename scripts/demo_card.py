@@ -16,8 +16,8 @@ HEAD = """# The demo: LoRA on rated movie sentences
 
 all-MiniLM-L6-v2, LoRA rank 8 on every linear layer but the pooler and a new head, {steps} steps of 32 sentences, 5%
 warm-up, then cosine, 1,500 sentences held out; `scripts/finetune_lora.py`. Each row is one run; the ratio is its
-held-out loss over that of AdamW at 1e-3 with the same seed. On the GPU the base model's weights had been rounded to
-float16 and back.
+held-out loss over that of AdamW at 1e-3 on the same device with the same seed. On the GPU the base model's weights had
+been rounded to float16 and back.
 
 | optimizer | starts at | seed | held-out loss | ratio | accuracy | highest true rate | run on |
 |---|---|---|---|---|---|---|---|
@@ -35,16 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def render(runs: Sequence[Mapping[str, Any]]) -> str:
     """Lays the runs out as a table, the anchor of each seed first."""
-    anchors = {run["seed"]: run["loss"] for run in runs if run["optim"] == ANCHOR}
-    order = sorted(runs, key=lambda run: (run["seed"], run["optim"] != ANCHOR, run["optim"], run["learning_rate"]))
+    anchors = {place(run): run["loss"] for run in runs if run["optim"] == ANCHOR}
+    order = sorted(runs, key=lambda run: (*place(run), run["optim"] != ANCHOR, run["optim"], run["learning_rate"]))
     rows = [
         f"| {run['optim']} | {run['learning_rate']:g} | {run['seed']} | {run['loss']:.4f} "
-        f"| {run['loss'] / anchors[run['seed']]:.3f} | {run['accuracy']:.4f} | {run['highest_true_rate']:.2e} "
+        f"| {run['loss'] / anchors[place(run)]:.3f} | {run['accuracy']:.4f} | {run['highest_true_rate']:.2e} "
         f"| {run['device']}, torch {run['torch']}, commit {run['commit']} |"
         for run in order
-        if run["seed"] in anchors
+        if place(run) in anchors
     ]
     return HEAD.format(steps=max(run["steps"] for run in runs)) + "\n".join(rows) + "\n"
+
+
+def place(run: Mapping[str, Any]) -> tuple[str, int]:
+    """Names what a run and its anchor share: the device and the seed."""
+    return run["device"], run["seed"]
 
 
 if __name__ == "__main__":
