@@ -77,8 +77,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         super().add_param_group(fill_group(param_group, self.config))
         group = self.param_groups[-1]
         check_aligned(group)
-        for i, param in enumerate(group["params"]):
-            check_param(param, group.get("param_names", {i: f"parameter {i}"})[i])
+        for param, name in zip(group["params"], parameter_names([group]), strict=True):
+            check_param(param, name)
         codecs_of_group(group, self.quantization_strategy)  # raises for what cannot be stored
         group["schema"] = SCHEMA
         self._plan = None

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import option_names, storage_option_names
+from .groups import parameter_names
 
 
 class _Kept:
@@ -61,17 +62,13 @@ def load_packed_state(
         # an option that the file's version did not have keeps the value that it has here
         kept = [name for name in option_names() if name in storage_option_names() or name not in group]
         group |= {name: before[name] for name in kept}
-    names = {id(p): name for group in optimizer.param_groups for p, name in _named(group)}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(p): name for p, name in zip(params, parameter_names(optimizer.param_groups), strict=True)}
     for param, state in optimizer.state.items():
         for name, kept in state.items():
             if isinstance(kept, _Kept):
                 _check_shape(names.get(id(param), "a parameter"), name, kept.tensor, param)
                 state[name] = kept.tensor.detach().to(param.device, copy=True)
-
-
-def _named(group: dict[str, Any]) -> list[tuple[Tensor, str]]:
-    names = group.get("param_names") or [f"parameter {i} of role {group['role']}" for i in range(len(group["params"]))]
-    return list(zip(group["params"], names, strict=True))
 
 
 def _check_shape(owner: str, name: str, saved: Tensor, param: Tensor) -> None:
