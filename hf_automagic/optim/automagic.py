@@ -1,6 +1,7 @@
 """Automagic: the optimizer itself, a torch.optim.Optimizer around buckets."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +11,11 @@ from torch import Tensor, nn
 from ..config import AutomagicConfig, make_config, option_names
 from ..quantization import QuantizationStrategy
 from .attach import attached_groups, read_names
-from .bucket import StepInputs
 from .checkpoint_state import load_packed_state, pack_state
-from .context import ContextController, observe_step
+from .context import ContextController
 from .conversion import LiveStorage
 from .describe import describe
-from .events import Event, read_events, record_events
+from .events import Event, read_events
 from .groups import (
     base_lr,
     check_param,
@@ -24,14 +24,16 @@ from .groups import (
     parameter_names,
     warn_of_high_start,
 )
-from .guard import GradientCheck, check_gradients, count_step
+from .guard import check_gradients
 from .losses import LossIntake
 from .memory import MemoryStats, measure_memory
 from .notices import tell_inert_options
+from .open_step import OpenStep
 from .pairs import PairRanks, check_aligned
 from .plan import Plan, prepare_shared, shared_device
 from .storage import codecs_of_group
-from .tuning import BucketSums, add_pools, tune_rates
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # of state_dict(); grows when an old file needs to be converted
 
@@ -67,6 +69,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         self.quantization_strategy = quantization_strategy
         self.config = make_config({**vars(config or AutomagicConfig()), **options})
         self._plan: Plan | None = None
+        self._interrupted: OpenStep | None = None
         self.loss_intake = LossIntake()
         super().__init__(read_names(params, self.config.weight_decay), dict(vars(self.config)))
         warn_of_high_start(self.param_groups)
@@ -126,7 +129,6 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         params = [(i, p) for i, p in enumerate(every) if p.grad is not None]
         if params:
             self._apply_step(params, context_loss)
-            self._adapt_when_due()
         return value
 
     def observe_loss(self, loss: Tensor | float, *, is_share: bool = False) -> None:
@@ -150,26 +152,30 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         return self.loss_intake.take(shared_device(self.param_groups))
 
     def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
-        """Looks at all gradients, steps all buckets, and prepares what the next step will use."""
-        plan, groups = self._live_plan(), self.param_groups
-        shared, counters = groups[0], groups[0]["counters"]
+        """Takes a step, or what an interrupted call left of it."""
         grads = [p.grad for _, p in params if p.grad is not None]
-        check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
-        self._set_rates()
-        gains = plan.pairs.row_gains()
-        measured = []
-        for number, (index, bucket) in enumerate(plan.buckets):
-            inputs = _inputs(groups[index]["applied_lr"], check, bucket.device, gains.get(number))
-            measured.append(BucketSums(index, bucket.step(inputs), bucket.numel_with_grad()))
-        shared["host_steps"] = shared.get("host_steps", 0) + 1
-        plan.pairs.shrink_spectra([group["applied_lr"] for group in groups], check.finite, shared["host_steps"])
-        count_step(counters, check)
-        tune_rates(groups, measured, check.finite, self.config.lr_pool)
-        edge = None
-        if loss is not None:
-            pools = [sums.pool for sums in measured if groups[sums.group]["context"] and sums.pool]
-            edge = observe_step(groups, add_pools(loss.device, pools), loss, check.finite)
-        record_events(shared["events"], counters, edge)
+        opened = self._reopen(grads) or OpenStep(loss)
+        try:
+            if opened.check is None:
+                opened.plan = self._live_plan()
+                self._set_rates()
+                opened.gains = opened.plan.pairs.row_gains()
+                opened.check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
+            opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
+        finally:
+            self._interrupted = None if opened.is_over else opened.watch(grads)
+
+    def _reopen(self, grads: list[Tensor]) -> OpenStep | None:
+        """Returns the step that was interrupted with these gradients; gives up one that was with others."""
+        opened = self._interrupted
+        if opened is None or (opened.belongs_to(grads) and opened.fits(self._current_plan())):
+            return opened
+        logger.warning(
+            "a step was interrupted, and its gradients or options are gone: %d of the %d stacks of parameters that it "
+            "had begun have taken it, the rest has not",
+            *opened.begun(),
+        )
+        return None
 
     def _set_rates(self) -> None:
         """Fixes the rate that this step applies to each group, from what the last step saw."""
@@ -189,8 +195,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         """Returns the plan, made anew where groups, options or parameters changed."""
         if self._plan is None or not self._plan.is_current(self.param_groups):
-            self._plan = Plan(self.param_groups, self.quantization_strategy)
             prepare_shared(self.param_groups)
+            self._plan = Plan(self.param_groups, self.quantization_strategy)
         return self._plan
 
     @property
@@ -252,19 +258,14 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             ValueError: the file's groups or shapes do not fit, or it was written by a newer version.
         """
         load_packed_state(self, super().load_state_dict, state_dict)
-        self._plan = None
+        self._plan = self._interrupted = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled or copied optimizer; the stacks are built anew in the next step."""
         super().__setstate__(state)
-        self._plan = None
+        self._plan = self._interrupted = None
         vars(self).setdefault("loss_intake", LossIntake())
         vars(self).setdefault("quantization_strategy", None)
         if "config" not in state and "param_groups" in state:
             known = {name: self.defaults[name] for name in option_names()}
             self.config = make_config(copy.deepcopy(known))
-
-
-def _inputs(lr: Tensor, check: GradientCheck, device: torch.device, row_gain: Tensor | None) -> StepInputs:
-    clip = None if check.clip is None else check.clip.to(device)
-    return StepInputs(lr.to(device), check.finite.to(device), clip, row_gain)

@@ -1,7 +1,7 @@
 """Buckets: same-shaped parameters stepped together, gather -> decode -> chain -> encode -> scatter."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, ro
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
 from .storage import STEP, Layout, StoredState, store_states
+from .sweep import Sweep
+
+Writes = list[tuple[Tensor, Tensor]]  # (where, what): computed in full before the first is carried out
 
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
 # the # last-level cache. GPU: few launches, and a bounded peak.
@@ -91,22 +94,33 @@ class Bucket:
 
     def _allocate(self) -> None:
         n, (rows, cols) = len(self.params), (self.layout.rows, self.layout.cols)
+        stacks: dict[str, Tensor] = {}
         for stored in self.stored:
             for name, (shape, dtype) in stored.fields(rows, cols).items():
                 initial = stored.spec.initial if stored.codec is None else 0
-                self.stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
+                stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
+        views = []
         for i in range(n):
-            one = {name: stack[i] for name, stack in self.stacks.items()}
+            one = {name: stack[i] for name, stack in stacks.items()}
             whole = {name: t.view(self.layout.shape) for name, t in one.items() if t.shape == (rows, cols)}
-            self.views.append(one | whole)
+            views.append(one | whole)
+        self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none
 
-    def step(self, inputs: StepInputs) -> dict[str, Tensor]:
-        """Steps the parameters that have a gradient; returns the pooled sums  # each []"""
+    def step(self, inputs: StepInputs, sweeps: list[Sweep]) -> dict[str, Tensor]:
+        """Steps the parameters that have a gradient; returns the pooled sums  # each []
+
+        Args:
+            inputs: the same as before where the step is an interrupted one.
+            sweeps: how far each chunk has come, kept up to date; empty where the step begins.
+        """
+        chunks = [chunk for run in self._runs() for chunk in self._chunks(*run)]
+        sweeps += [Sweep(None if len(rows) == 1 else []) for _, _, rows in chunks[len(sweeps) :]]
+        for (first, last, rows), sweep in zip(chunks, sweeps, strict=True):
+            if not sweep.is_over:
+                self._step_chunk(slice(first, last), rows, inputs, sweep)
         pool: dict[str, Tensor] = {}
-        for start, stop in self._runs():
-            for first, last, rows in self._chunks(start, stop):
-                for name, value in self._step_chunk(slice(first, last), rows, inputs).items():
-                    pool[name] = pool[name] + value if name in pool else value
+        for sweep in sweeps:
+            pool = _added(pool, sweep.pool)
         return pool
 
     def numel_with_grad(self) -> int:
@@ -142,33 +156,36 @@ class Bucket:
         for first in range(start, stop):
             yield first, first + 1, rows
 
-    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> dict[str, Tensor]:
+    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs, sweep: Sweep) -> None:
         step = self.stacks["step"][chunk] + inputs.finite
-        totals: list[dict[str, Tensor]] | None = None if len(pieces) == 1 else []
-        pool: dict[str, Tensor] = {}
-        whole: dict[str, list[Tensor]] = {}
         while True:
             sums: dict[str, Tensor] = {}
-            for rows in pieces:
+            for rows in pieces[sweep.written :]:
                 context = self._gather(chunk, rows, step, inputs)
-                result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, totals)
+                result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, sweep.totals)
                 if isinstance(result, Measured):
-                    sums = {k: sums[k] + v if k in sums else v for k, v in result.matrix.items()}
+                    sums = _added(sums, result.matrix)
                     continue
-                self._scatter(chunk, rows, context, result, inputs)
-                for name, value in self._encode(chunk, rows, result, step, inputs).items():
-                    whole.setdefault(name, []).append(value)
-                pool = {k: pool[k] + v if k in pool else v for k, v in result.pool.items()}
+                pool = _added(sweep.pool, result.pool)
+                whole = {s.spec.name: result.state[s.spec.name] for s in self.stored if s.needs_whole_matrix}
+                carry_out(
+                    self._new_weights(chunk, rows, context, result, inputs)
+                    + self._new_states(
+                        chunk, rows, {n: v for n, v in result.state.items() if n not in whole}, step, inputs
+                    )
+                )
+                sweep.pool, sweep.written = pool, sweep.written + 1
+                for name, value in whole.items():
+                    sweep.whole.setdefault(name, []).append(value)
             if not sums:
                 break
-            assert totals is not None
-            totals.append(sums)
-        for stored in self.stored:
-            if values := whole.get(stored.spec.name):
-                value = torch.cat(values, 1) if stored.spec.shape == "rows" else values[-1]
-                self._store(stored, chunk, slice(0, self.layout.rows), value, step, inputs)
-        self.stacks["step"][chunk].copy_(step)
-        return pool
+            assert sweep.totals is not None
+            sweep.totals.append(sums)
+        by_rows = {stored.spec.name for stored in self.stored if stored.spec.shape == "rows"}
+        whole = {name: torch.cat(v, 1) if name in by_rows else v[-1] for name, v in sweep.whole.items()}
+        states = self._new_states(chunk, slice(0, self.layout.rows), whole, step, inputs)
+        carry_out([*states, (self.stacks["step"][chunk], step)])
+        sweep.is_over = True
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:
         """Stacks gradients and weights  # [n, rows, cols], float32"""
@@ -194,32 +211,23 @@ class Bucket:
             decoded[stored.spec.name] = stored.decode(fields, self.work_dtype)
         return decoded
 
-    def _encode(
-        self, chunk: slice, rows: slice, result: ChainResult, step: Tensor, inputs: StepInputs
-    ) -> dict[str, Tensor]:
-        """Writes the new state of these rows; returns what needs the whole matrix, written after the last piece."""
-        whole = {}
+    def _new_states(
+        self, chunk: slice, rows: slice, values: Mapping[str, Tensor], step: Tensor, inputs: StepInputs
+    ) -> Writes:
+        """Encodes new states of these rows, the old ones where the step is skipped."""
+        writes = []
         for stored in self.stored:
-            if stored.needs_whole_matrix:
-                whole[stored.spec.name] = result.state[stored.spec.name]
-            else:
-                self._store(stored, chunk, rows, result.state[stored.spec.name], step, inputs)
-        return whole
+            if stored.spec is STEP or stored.spec.name not in values:
+                continue
+            parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
 
-    def _store(
-        self, stored: StoredState, chunk: slice, rows: slice, value: Tensor, step: Tensor, inputs: StepInputs
-    ) -> None:
-        """Replaces one state of these rows, unless the step is skipped."""
-        if stored.spec is STEP:
-            return
-        parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
+            def draw(numel: int, number: int = stored.number) -> Tensor:
+                keys = step_keys(self.config.seed, self.keys[chunk], step)
+                return random_bits(keys_for(keys, number), 0, numel)
 
-        def draw(numel: int) -> Tensor:
-            keys = step_keys(self.config.seed, self.keys[chunk], step)
-            return random_bits(keys_for(keys, stored.number), 0, numel)
-
-        for name, encoded in stored.encode(value, EncodeContext(parts, step, draw)).items():
-            parts[name].copy_(torch.where(inputs.finite, encoded, parts[name]))
+            encoded = stored.encode(values[stored.spec.name], EncodeContext(parts, step, draw))
+            writes += [(parts[name], torch.where(inputs.finite, new, parts[name])) for name, new in encoded.items()]
+        return writes
 
     def _names(self, stored: StoredState) -> list[str]:
         return list(stored.fields(self.layout.rows, self.layout.cols))
@@ -228,12 +236,12 @@ class Bucket:
         stack = self.stacks[name][chunk]
         return stack[:, rows] if stack.ndim > 1 and stored.spec.shape in ("matrix", "rows") else stack
 
-    def _scatter(
+    def _new_weights(
         self, chunk: slice, rows: slice, context: StepContext, result: ChainResult, inputs: StepInputs
-    ) -> None:
-        """Subtracts the step from the weights, in float32 or more, and writes them back."""
-        written = context.param - torch.where(inputs.finite, result.update, 0.0)
-        self._write(self.params[chunk], rows, written, self.keys[chunk], context.step)
+    ) -> Writes:
+        """Subtracts the step from the weights, in float32 or more, and rounds them."""
+        stepped = context.param - torch.where(inputs.finite, result.update, 0.0)
+        return self._rounded(self.params[chunk], rows, stepped, self.keys[chunk], context.step)
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
         """Stacks some of the bucket's parameters as they are now: [k, rows, cols], float32."""
@@ -244,8 +252,8 @@ class Bucket:
         grads = [self.params[i].grad for i in indices]
         return self._stack([grad for grad in grads if grad is not None], slice(0, self.layout.rows))
 
-    def rewrite(self, indices: Sequence[int], values: Tensor) -> None:
-        """Replaces whole parameters after their step; rounding draws other numbers than the step did.
+    def rewritten(self, indices: Sequence[int], values: Tensor) -> Writes:
+        """Rounds new values of whole parameters after their step, by other draws than the step's.
 
         Args:
             indices: which of the bucket's parameters.
@@ -254,15 +262,25 @@ class Bucket:
         keys = torch.stack([self.keys[i] for i in indices])
         step = torch.stack([self.stacks["step"][i] for i in indices])
         rows = slice(0, self.layout.rows)
-        self._write([self.params[i] for i in indices], rows, values, keys, step, draw=1)
+        return self._rounded([self.params[i] for i in indices], rows, values, keys, step, draw=1)
 
-    def _write(
+    def _rounded(
         self, params: Sequence[Tensor], rows: slice, values: Tensor, keys: Tensor, step: Tensor, draw: int = 0
-    ) -> None:
+    ) -> Writes:
         if self.dtype in (torch.bfloat16, torch.float16) and self.config.stochastic_rounding:
             first = draw * self.layout.shape.numel() + rows.start * self.layout.cols
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
-        for param, value in zip(params, values.unbind(), strict=True):
-            target = param[rows] if self.layout.shape else param
-            target.copy_(value.view(target.shape))
+        targets = [param[rows] if self.layout.shape else param for param in params]
+        return [(t, value.view(t.shape)) for t, value in zip(targets, values.unbind(), strict=True)]
+
+
+def carry_out(writes: Writes) -> None:
+    """Writes what has been computed; allocates nothing, so that memory cannot run out in between."""
+    for target, value in writes:
+        target.copy_(value)
+
+
+def _added(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Adds up two sets of sums; what only one of them has is kept  # each like its entry"""
+    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}

@@ -148,9 +148,10 @@ def observe_step(
         finite=finite.to(loss.device),
     )
     after = advance_context(before, signals, edge_case_threshold=threshold, adaptation_rate=shared["adaptation_rate"])
-    shared["context_state"] = after
     started = after["is_edge_case"] & ~before["is_edge_case"]
-    return {"started": started, "value": after["instability"], "threshold": torch.full_like(loss, threshold)}
+    edge = {"started": started, "value": after["instability"], "threshold": torch.full_like(loss, threshold)}
+    shared["context_state"] = after
+    return edge
 
 
 def _mean_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:

@@ -42,10 +42,10 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
                 f"the saved {wanted.spec.name} of a parameter of shape {tuple(layout.shape)} has a form that no codec "
                 f"writes: {shapes}; resume with the model that was trained, and register the codec that wrote it"
             )
-        values = _read(found, form, layout)
+        fields = {name: field[0] for name, field in wanted.encode(_read(found, form, layout)).items()}
         for name in found:
             del state[name]
-        state |= {name: field[0] for name, field in wanted.encode(values).items()}
+        state |= fields
         converted = True
     return converted
 
@@ -128,14 +128,15 @@ class LiveStorage:
         """
         if self.state:
             self._live_plan()
-        chosen: list[int] = []
-        for group in (group for group in self.param_groups if group["adaptive_block_size"]):
-            before = group.get("block_sizes")
-            group["block_sizes"] = self._fitting_blocks(group, before or [group["block_size"]] * len(group["params"]))
-            chosen += group["block_sizes"]
-            if group["block_sizes"] != before:
-                self._plan = None
-        return chosen
+        adapted = [group for group in self.param_groups if group["adaptive_block_size"]]
+        chosen = [
+            self._fitting_blocks(g, g.get("block_sizes") or [g["block_size"]] * len(g["params"])) for g in adapted
+        ]
+        if [group.get("block_sizes") for group in adapted] != chosen:
+            self._plan = None
+        for group, sizes in zip(adapted, chosen, strict=True):
+            group["block_sizes"] = sizes
+        return [size for sizes in chosen for size in sizes]
 
     def _adapt_when_due(self) -> None:
         """Chooses blocks anew in the steps that `sync_frequency` names, alike on every rank and after a resume."""

@@ -81,7 +81,11 @@ def new_counters(device: torch.device) -> dict[str, Tensor]:
 def count_step(counters: dict[str, Tensor], check: GradientCheck) -> None:
     """Counts a step that was applied or skipped, in place."""
     finite = check.finite
-    counters["applied"] += finite
-    counters["skipped"] += ~finite
-    counters["consecutive"].copy_(torch.where(finite, 0, counters["consecutive"] + 1))
-    counters["offender"].copy_(torch.where(finite, counters["offender"], check.offender))
+    counted = {
+        "applied": counters["applied"] + finite,
+        "skipped": counters["skipped"] + ~finite,
+        "consecutive": torch.where(finite, 0, counters["consecutive"] + 1),
+        "offender": torch.where(finite, counters["offender"], check.offender),
+    }
+    for name, value in counted.items():
+        counters[name].copy_(value)
