@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .checkpoint import write_manifest
 from .optim.automagic import Automagic
 from .optim.events import Event, EventCode
 from .reporting.card import update_card
@@ -168,6 +169,21 @@ def _title(event: Event) -> str:
     if event.code is EventCode.EDGE_CASE:
         return f"{event.code.name} (instability {event.value:.2f}, threshold {event.threshold:.2f})"
     return event.code.name
+
+
+class CheckpointCallback(TrainerCallback):
+    """Writes `checkpoint_manifest.json` into each checkpoint: sizes and digests, by which a broken one is found.
+
+    `AutomagicTrainer` has it, and resumes from the newest whole checkpoint; see `find_resumable_checkpoint`.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Waits for the files of all processes, and writes the manifest."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            write_manifest(folder)
 
 
 class OptimizerStatsCallback(_LoggingCallback):

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .checkpoint_report import diagnose
 from .registry import get_optimizer_info, list_optimizers
 
 
@@ -14,6 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     lister = commands.add_parser("list", help="show the optimizers and the options that make them")
     lister.add_argument("pattern", nargs="?", default="*", help="names with wildcards, such as 'automagic*'")
     lister.set_defaults(run=show_optimizers)
+    doctor = commands.add_parser("doctor", help="look at a checkpoint: is it whole, would it resume exactly")
+    doctor.add_argument("checkpoint", help="a folder checkpoint-N, or an output folder, whose newest one is taken")
+    doctor.set_defaults(run=show_diagnosis)
     args = parser.parse_args(argv)
     return args.run(args)
 
@@ -29,3 +33,14 @@ def show_optimizers(args: argparse.Namespace) -> int:
     if not names:
         sys.stderr.write(f"no optimizer matches {args.pattern!r}; the names are: {', '.join(list_optimizers())}\n")
     return 0 if names else 1
+
+
+def show_diagnosis(args: argparse.Namespace) -> int:
+    """Writes what a checkpoint holds; the status is 1 where it would not resume exactly."""
+    try:
+        diagnosis = diagnose(args.checkpoint)
+    except FileNotFoundError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write("\n".join(diagnosis.lines()) + "\n")
+    return 0 if diagnosis.resumes_exactly else 1

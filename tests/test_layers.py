@@ -28,6 +28,8 @@ LAYERS = {
     "factory": 5,
     "reporting": 5,
     "checkpoint": 5,
+    "checkpoint_files": 5,
+    "checkpoint_report": 5,
     "trainer": 6,
     "callbacks": 6,
     "integrations": 6,

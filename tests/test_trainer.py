@@ -213,13 +213,12 @@ def test_the_best_model_keeps_its_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
-@pytest.mark.parametrize("given", ["path", "True"])
-def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path, missing, given):
+def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path, missing):
     regression(tmp_path, regression_points(16), save_strategy="steps", save_steps=2).train()
     (tmp_path / "checkpoint-4" / missing).unlink()
     trainer = regression(tmp_path, regression_points(16), max_steps=6)
-    with pytest.raises(ValueError, match=r"checkpoint-4 lacks optimizer.pt or scheduler.pt.*allow_fresh_optimizer"):
-        trainer.train(resume_from_checkpoint=True if given == "True" else str(tmp_path / "checkpoint-4"))
+    with pytest.raises(ValueError, match=r"checkpoint-4 .* lacks optimizer.pt or scheduler.pt.*allow_fresh_optimizer"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_a_fresh_optimizer_can_be_allowed(tmp_path, caplog):

@@ -14,7 +14,7 @@ from typing import Any
 from ..config import AutomagicConfig
 from .plots import KINDS, PLOTS
 from .snapshot import role_key
-from .stats import FOLDER, RunRecord
+from .stats import FOLDER, RunRecord, write_atomically
 
 START, END = "<!-- hf_automagic:start -->", "<!-- hf_automagic:end -->"
 TAG = "hf_automagic"
@@ -44,7 +44,7 @@ def update_card(path: str | os.PathLike[str], record: RunRecord) -> None:
     card = RepoCard(path.read_text(encoding="utf-8"))
     card.data["tags"] = _tags(card.data.get("tags"), name)
     card.text = insert_section(_name_optimizer(card.text, name), render_section(record, _drawn(path.parent)))
-    card.save(path)
+    write_atomically(path, str(card))
 
 
 def insert_section(text: str, section: str) -> str:

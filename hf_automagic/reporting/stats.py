@@ -154,9 +154,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whoever reads it sees the old or the new content."""
+    """Replaces a file as a whole: whoever reads it, also after the power failed, sees the old or the new content."""
     draft = path.with_name(f"_{path.name}.part")  # never uploaded: push_to_hub leaves out what begins with _
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 
