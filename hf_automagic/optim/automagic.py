@@ -18,10 +18,11 @@ from .describe import describe
 from .events import Event, read_events
 from .groups import (
     base_lr,
-    check_param,
+    check_members,
     effective_lr,
     fill_group,
     parameter_names,
+    refuse_sparse,
     warn_of_high_start,
 )
 from .guard import check_gradients
@@ -35,7 +36,9 @@ from .storage import codecs_of_group
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1  # of state_dict(); grows when an old file needs to be converted
+# Of state_dict(); grows when an old file needs to be converted. The promise: a file of any schema up to this one loads
+# in this version and in every later 1.x, and goes on as it would have; tests/test_old_states.py holds one of each.
+SCHEMA = 1
 
 
 class Automagic(LiveStorage, torch.optim.Optimizer):
@@ -80,8 +83,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         super().add_param_group(fill_group(param_group, self.config))
         group = self.param_groups[-1]
         check_aligned(group)
-        for param, name in zip(group["params"], parameter_names([group]), strict=True):
-            check_param(param, name)
+        check_members(group)
         codecs_of_group(group, self.quantization_strategy)  # raises for what cannot be stored
         group["schema"] = SCHEMA
         self._plan = None
@@ -162,6 +164,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                 opened.gains = opened.plan.pairs.row_gains()
                 opened.check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
+        except (NotImplementedError, RuntimeError):
+            refuse_sparse([p for _, p in params], self.param_groups)  # torch's own words name neither whose nor why
+            raise
         finally:
             self._interrupted = None if opened.is_over else opened.watch(grads)
 
@@ -244,7 +249,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         return describe(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage."""
+        """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage.
+
+        Each group names the `schema` of its form. What one version saved loads in every later one.
+        """
         return pack_state(super().state_dict())
 
     @torch.no_grad()

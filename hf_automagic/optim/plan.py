@@ -12,7 +12,7 @@ from ..quantization import QuantizationStrategy
 from .bucket import Bucket
 from .context import fit_context
 from .events import new_events
-from .groups import group_config, is_stepped
+from .groups import check_members, group_config, is_stepped
 from .guard import new_counters
 from .pairs import PairView
 from .storage import codecs_of_group
@@ -63,6 +63,7 @@ def _sort_into_buckets(
     kinds: dict[Any, tuple[list[Tensor], list[int]]] = {}
     position = 0
     for index, group in enumerate(groups):
+        check_members(group)  # what has been unfrozen since, too
         for param, codecs in zip(group["params"], codecs_of_group(group, strategy), strict=True):
             if is_stepped(param):
                 kind = (index, codecs, param.shape, param.dtype, param.device)
