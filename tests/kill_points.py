@@ -27,7 +27,7 @@ from hf_automagic.trainer import AutomagicTrainer
 from tests.tiny_runs import InOrder, TinyRegression, arguments, regression_points
 
 WATCHED = "checkpoint-4"
-BUFFER = 1024  # bytes of a write
+BUFFER = 512  # bytes of a write
 
 
 def trainer(folder: Any, **changes: Any) -> AutomagicTrainer:

@@ -270,7 +270,7 @@ def test_killed_in_a_save_the_older_checkpoint_is_resumed(tmp_path, six_steps):
 @pytest.mark.slow
 def test_killed_at_any_write_point_of_a_save_the_newest_whole_one_is_resumed(tmp_path, six_steps):
     total = int(kill(tmp_path, "count"))
-    assert total > 40
+    assert total > 30
     assert check_points(tmp_path, six_steps, list(range(1, total + 1))) == {"checkpoint-2", "checkpoint-4"}
 
 

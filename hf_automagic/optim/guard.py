@@ -52,8 +52,8 @@ def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> Tenso
     for i, grad in enumerate(grads):
         by_kind.setdefault((grad.device, grad.dtype), []).append(i)
     norms: list[Tensor] = [grads[0]] * len(grads)
-    for indices in by_kind.values():
-        dtype = torch.float32 if order == 2.0 else None
+    for (_, kind), indices in by_kind.items():
+        dtype = torch.float32 if order == 2.0 and kind.itemsize < 4 else None
         some = torch._foreach_norm([grads[i] for i in indices], order, dtype=dtype)  # pyright: ignore
         for i, norm in zip(indices, some, strict=True):
             norms[i] = norm.to(device=device, dtype=torch.float32)
