@@ -44,7 +44,7 @@ NUMBERS = {
     "detail_preservation": st.floats(0, 1),
     "block_error_target": st.sampled_from([0.0, 0.007, 1.0]),
     "betas": st.sampled_from([(0.8, 0.99, 0.999), (0.9, 0.999, 0.9999), (0.0, 0.0, 0.0), (0.99, 0.5, 0.9)]),
-    "eps": st.sampled_from([(1e-30, 1e-16, 1e-8), (0.0, 0.0, 0.0)]),
+    "eps": st.sampled_from([(1e-30, 1e-16, 1e-8), (1e-30, 1e-30, 1e-30), (0.0, 0.0, 0.0)]),
     "momentum_scales": st.sampled_from([(), (1,), (1, 5), (1, 5, 10, 25)]),
     "spatial_axes": st.sampled_from([(), (0,), (1,), (0, 1)]),
     "warmup_steps": st.integers(0, 3),
