@@ -34,7 +34,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
             continue
         tuned = [groups[i] for i in members]
         pool, numel = add_pools(finite.device, [sums.pool for sums in parts]), sum(sums.numel for sums in parts)
-        change = log_rate_step(pool, numel, tuned[0]["lr_speed"], tuned[0]["lr_drift"])
+        change = log_rate_step(pool, numel, tuned[0]["lr_speed"], tuned[0]["lr_drift"]).to(torch.float32)
         lower, upper = log_rate_limits(tuned)
         for i, group in zip(members, tuned, strict=True):
             moved = (group["log_rate"] + change).clamp(lower, upper)
