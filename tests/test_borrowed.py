@@ -38,6 +38,7 @@ def error_inputs() -> list[Any]:
 
 @pytest.mark.parametrize("wrong", error_inputs(), ids=lambda wrong: wrong.optimizer_error_input.desc)
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.matrix("T8")
 def test_what_every_optimizer_of_torch_refuses_is_refused(wrong):
     given = wrong.optimizer_error_input
     params = [nn.Parameter(torch.ones(1, 1))] if given.params is None else given.params
@@ -72,6 +73,7 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("schedule", SCHEDULERS, ids=["none", "step", "plateau", "one cycle", "sequential"])
+@pytest.mark.matrix("T25")
 def test_every_input_of_the_database_goes_in_the_right_direction(schedule, contiguous):
     for given in our_info().optim_inputs_func(device="cpu"):
         torch.manual_seed(0)
@@ -108,6 +110,7 @@ def test_without_gradients_nothing_happens(options):
 
 
 @pytest.mark.parametrize("options", RECIPES, ids=IDS)
+@pytest.mark.matrix("T6")
 def test_with_zero_gradients_from_the_first_step_nothing_moves(options):
     params = [nn.Parameter(torch.randn(8, 64)), nn.Parameter(torch.randn(5))]
     before = copy.deepcopy(params)

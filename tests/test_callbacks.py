@@ -56,6 +56,7 @@ def with_a_bad_batch(count: int = 16) -> list[dict[str, torch.Tensor]]:
     return points
 
 
+@pytest.mark.matrix("T12")
 def test_keys_reach_the_history_of_a_stock_trainer(tmp_path):
     trainer = stock_trainer(tmp_path, OptimizerStatsCallback(plots=False))
     trainer.train()
@@ -87,6 +88,7 @@ def test_attaching_twice_attaches_once(tmp_path):
     assert kinds.count(OptimizerStatsCallback) == kinds.count(EdgeCaseCallback) == 1
 
 
+@pytest.mark.matrix("T12")
 def test_tensorboards_file_holds_the_keys(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,6 +102,7 @@ def test_tensorboards_file_holds_the_keys(tmp_path):
     assert rates == pytest.approx([log["optim/lr_mean"] for log in training_logs(trainer)])
 
 
+@pytest.mark.matrix("T12")
 def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
@@ -117,6 +120,7 @@ def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
         assert all(type(row[f"train/{key}"]) is float for key in ours)
 
 
+@pytest.mark.matrix("T12")
 def test_all_callbacks_of_a_log_share_one_read(tmp_path, monkeypatch):
     reads = []
     take = OptimizerSnapshot.take

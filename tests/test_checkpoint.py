@@ -133,6 +133,7 @@ BY_MANIFEST = [(damage, name) for damage in (cut, empty, remove, flip_bits) for 
     [(True, *case) for case in BY_MANIFEST] + [(False, *case) for case in BY_STRUCTURE],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
+@pytest.mark.matrix("T15")
 def test_a_broken_checkpoint_is_passed_over_and_said(folder, caplog, keeps_manifest, damage, name):
     newest = folder / "checkpoint-4"
     if not keeps_manifest:
@@ -145,6 +146,7 @@ def test_a_broken_checkpoint_is_passed_over_and_said(folder, caplog, keeps_manif
     assert said.endswith("; resuming from checkpoint-2")
 
 
+@pytest.mark.matrix("T15")
 def test_the_trainer_resumes_from_the_newest_whole_one(folder, six_steps, caplog):
     cut(folder / "checkpoint-4" / "optimizer.pt")
     with caplog.at_level(logging.WARNING, "hf_automagic"):
@@ -158,6 +160,7 @@ def test_a_broken_one_that_is_named_is_refused(folder):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
+@pytest.mark.matrix("T15")
 def test_where_none_is_whole_nothing_starts_afresh(folder):
     for number in (2, 4):
         cut(folder / f"checkpoint-{number}" / "scheduler.pt")
@@ -187,6 +190,7 @@ def test_a_checkpoint_of_another_step_is_seen(folder):
     assert find_problems(folder / "checkpoint-8") == ["trainer_state.json is of step 4"]
 
 
+@pytest.mark.matrix("T15")
 def test_a_newer_manifest_is_refused(folder):
     manifest = folder / "checkpoint-4" / MANIFEST
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema_version": 2}))
@@ -263,11 +267,13 @@ def check_points(tmp_path: Path, whole: Trainer, numbers: list[int]) -> set[str]
     return found
 
 
+@pytest.mark.matrix("T15")
 def test_killed_in_a_save_the_older_checkpoint_is_resumed(tmp_path, six_steps):
     assert check_points(tmp_path, six_steps, [1, 9, 25]) == {"checkpoint-2"}
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T15")
 def test_killed_at_any_write_point_of_a_save_the_newest_whole_one_is_resumed(tmp_path, six_steps):
     total = int(kill(tmp_path, "count"))
     assert total > 30
@@ -275,6 +281,7 @@ def test_killed_at_any_write_point_of_a_save_the_newest_whole_one_is_resumed(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T15")
 def test_killed_at_random_the_newest_whole_one_is_resumed(tmp_path):
     kill(tmp_path, "random", 0, 10)
     for number in range(10):
@@ -300,6 +307,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+@pytest.mark.matrix("T4")
 def test_a_malicious_pickle_executes_nothing(folder, tmp_path, name):
     mark, checkpoint = tmp_path / "executed", folder / "checkpoint-4"
     if name == "pytorch_model.bin":
@@ -318,6 +326,7 @@ def test_a_malicious_pickle_executes_nothing(folder, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["../secret", "a/../../secret", "/etc/passwd", "..\\secret", "C:\\secret", "", "c:secret"]
 )
+@pytest.mark.matrix("T4")
 def test_no_name_leaves_its_folder(folder, name):
     assert not stays_inside(name)
     checkpoint = folder / "checkpoint-4"

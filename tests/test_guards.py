@@ -86,6 +86,7 @@ COUNTED = ("counters", "events", "context_state", "applied_lr", "base_lr")
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("spoil", [one_element, one_tensor, all_tensors], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T7")
 def test_a_gradient_that_is_not_finite_leaves_weights_and_states_alone(config, spoil, bad, dtype):
     params = make(dtype=dtype)
     optimizer = Automagic(params, **config)
@@ -104,6 +105,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_states_alone(config, s
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.matrix("T8")
 def test_a_kind_that_cannot_be_stepped_is_refused_by_name(dtype):
     model = nn.ParameterDict({"odd": nn.Parameter(torch.zeros(4, 4).to(dtype))})
     with pytest.raises(TypeError, match=r"odd is .*, and Automagic steps float32.*cast it, or freeze it"):
@@ -111,6 +113,7 @@ def test_a_kind_that_cannot_be_stepped_is_refused_by_name(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+@pytest.mark.matrix("T8")
 def test_a_frozen_parameter_of_any_kind_is_no_trouble(dtype):
     frozen = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
     params = make((8, 8))
@@ -120,6 +123,7 @@ def test_a_frozen_parameter_of_any_kind_is_no_trouble(dtype):
     assert torch.equal(frozen.view(torch.uint8), torch.ones(4, 4).to(dtype).view(torch.uint8))
 
 
+@pytest.mark.matrix("T8")
 def test_what_is_unfrozen_is_checked_then():
     frozen = nn.Parameter(torch.ones(4, 4).to(torch.float8_e4m3fn), requires_grad=False)
     params = make((8, 8))
@@ -131,6 +135,7 @@ def test_what_is_unfrozen_is_checked_then():
         optimizer.step()
 
 
+@pytest.mark.matrix("T8")
 def test_fp64_is_stepped_in_fp64():
     params = make(dtype=torch.float64)
     optimizer = Automagic(params, lr=1e-12, self_tuning=False)
@@ -141,6 +146,7 @@ def test_fp64_is_stepped_in_fp64():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T8")
 def test_a_sparse_gradient_is_refused_by_name_and_nothing_has_moved(config):
     model = nn.ModuleDict({"linear": nn.Linear(4, 4), "words": nn.Embedding(8, 4, sparse=True)})
     optimizer = Automagic(model.named_parameters(), **config)
@@ -154,6 +160,7 @@ def test_a_sparse_gradient_is_refused_by_name_and_nothing_has_moved(config):
     assert not same([p.detach() for p in model.parameters()], before)
 
 
+@pytest.mark.matrix("T9")
 def test_an_expanded_parameter_is_refused():
     with pytest.raises(ValueError, match=r"is expanded, shape \(3, 4\) with strides \(0, 1\).*clone"):
         Automagic([nn.Parameter(torch.ones(4).expand(3, 4))])
@@ -165,6 +172,7 @@ def test_a_parameter_listed_twice_is_refused():
         Automagic([param, param])
 
 
+@pytest.mark.matrix("T9")
 def test_an_expanded_gradient_is_a_gradient():
     params, others = make((4, 6)), make((4, 6))
     for owned in (params, others):
@@ -191,6 +199,7 @@ def shifted(p: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
 @pytest.mark.parametrize("layout", [transposed, every_second, shifted], ids=lambda f: f.__name__)
+@pytest.mark.matrix("T9")
 def test_the_layout_in_memory_changes_no_bit(config, layout):
     plain = make((16, 24))
     odd = [nn.Parameter(layout(p.detach())) for p in plain]
@@ -201,6 +210,7 @@ def test_the_layout_in_memory_changes_no_bit(config, layout):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T9")
 def test_channels_last_changes_no_bit(config):
     plain = make((8, 4, 3, 3))
     odd = [nn.Parameter(plain[0].detach().clone(memory_format=torch.channels_last))]
@@ -221,6 +231,7 @@ class Tied(nn.Module):
         self.head.weight = self.words.weight
 
 
+@pytest.mark.matrix("T9")
 def test_tied_weights_are_stepped_once():
     model = Tied()
     optimizer = Automagic(model.named_parameters(), lr=1e-4, self_tuning=False)
@@ -236,6 +247,7 @@ def test_tied_weights_are_stepped_once():
 # groups and parameters that come and go
 
 
+@pytest.mark.matrix("T5")
 def test_empty_groups_of_any_place_change_nothing():
     params, others = make((8, 64), (16,)), make((8, 64), (16,))
     plain = Automagic(params)
@@ -249,6 +261,7 @@ def test_empty_groups_of_any_place_change_nothing():
     run(others, odd, range(3, 4))
 
 
+@pytest.mark.matrix("T5")
 def test_an_optimizer_of_frozen_parameters_steps_and_saves():
     params = make((4, 4))
     params[0].requires_grad_(False)
@@ -258,6 +271,7 @@ def test_an_optimizer_of_frozen_parameters_steps_and_saves():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T5")
 def test_a_parameter_unfrozen_later_steps_from_then_on(config):
     params = make((8, 64), (8, 64))
     params[1].requires_grad_(False)
@@ -278,6 +292,7 @@ def test_a_parameter_unfrozen_later_steps_from_then_on(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T5")
 def test_a_parameter_that_misses_steps_goes_on_where_it_was(config):
     """What a parameter does depends on its own gradients alone, at a rate that is fixed."""
     fixed = {**config, "self_tuning": False, "context": False, "lr_granularity": "tensor"}
@@ -294,6 +309,7 @@ def test_a_parameter_that_misses_steps_goes_on_where_it_was(config):
     assert torch.equal(alone[0], beside[0])
 
 
+@pytest.mark.matrix("T5")
 def test_a_group_added_in_the_middle_survives_a_resume():
     params, late = make((8, 64)), make((16, 8))
     optimizer = Automagic(params, **EVERYTHING)
@@ -311,6 +327,7 @@ def test_a_group_added_in_the_middle_survives_a_resume():
 # devices and dtypes that change
 
 
+@pytest.mark.matrix("T10")
 def test_parameters_without_memory_can_be_planned_and_stepped():
     params = [nn.Parameter(torch.empty(s, device="meta")) for s in SHAPES]
     optimizer = Automagic(params, **EVERYTHING)
@@ -325,6 +342,7 @@ def test_parameters_without_memory_can_be_planned_and_stepped():
     assert planned == other.memory_stats().total_bytes == optimizer.memory_stats().total_bytes
 
 
+@pytest.mark.matrix("T10")
 def test_a_model_that_changes_its_dtype_keeps_its_states():
     params = make((8, 64))
     optimizer = Automagic(params)
@@ -341,6 +359,7 @@ def test_a_model_that_changes_its_dtype_keeps_its_states():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=["default", "everything"])
+@pytest.mark.matrix("T10")
 def test_a_model_that_moves_to_the_gpu_and_back_goes_on(config):
     torch.manual_seed(0)
     model, twin = nn.Linear(64, 16), nn.Linear(64, 16)
@@ -356,6 +375,7 @@ def test_a_model_that_moves_to_the_gpu_and_back_goes_on(config):
 
 
 @pytest.mark.gpu
+@pytest.mark.matrix("T10")
 def test_groups_on_two_devices_step_together():
     params = [*make((8, 64)), *(nn.Parameter(p.detach().cuda()) for p in make((8, 64)))]
     optimizer = Automagic(params, context=True, max_grad_norm=1.0)
@@ -396,6 +416,7 @@ def test_step_hooks_run_around_a_step_once():
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
+@pytest.mark.matrix("T3")
 def test_hooks_of_saving_and_loading_see_tensors():
     params = make((8, 64))
     optimizer = Automagic(params, min_8bit_size=0)

@@ -128,6 +128,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.matrix("T16")
 def test_a_retried_step_is_the_step_that_was_interrupted(name: str):
     dtype, options = CASES[name]
     check_allocations(8, dtype, **options)
@@ -135,6 +136,7 @@ def test_a_retried_step_is_the_step_that_was_interrupted(name: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.matrix("T16")
 def test_wherever_memory_runs_out_a_retried_step_is_the_step(name: str):
     dtype, options = CASES[name]
     assert check_allocations(None, dtype, **options) > 50
@@ -145,6 +147,7 @@ def test_a_matrix_swept_in_row_slices_goes_on_at_the_row_where_it_broke(monkeypa
     check_allocations(10, torch.bfloat16, min_8bit_size=0, vector_precision="log16")
 
 
+@pytest.mark.matrix("T16")
 def test_the_first_step_may_run_out_of_memory_too():
     params, _ = started()
     others = copy.deepcopy(params)
@@ -184,6 +187,7 @@ def test_a_conversion_that_runs_out_of_memory_loses_no_state():
         assert_equal(facts(owners, reader), facts(twins, twin))
 
 
+@pytest.mark.matrix("T16")
 def test_with_other_gradients_the_interrupted_step_is_given_up_and_said(caplog: pytest.LogCaptureFixture):
     params, optimizer = started(min_8bit_size=0)
     fill(params, 2)

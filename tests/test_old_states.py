@@ -15,6 +15,7 @@ def test_every_schema_so_far_has_its_file():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.matrix("T3")
 def test_a_file_of_an_older_version_loads_and_goes_on_as_it_did(path, case):
     kept = torch.load(path, weights_only=True)[case]
     params, optimizer = build(case)

@@ -153,6 +153,7 @@ def assert_same(left: Any, right: Any, path: str = "") -> None:
 
 
 @given(wanted=groups(), options=OPTIONS, kinds=st.lists(KINDS, min_size=1, max_size=4))
+@pytest.mark.matrix("T6", "T20")
 def test_every_configuration_steps_to_finite_weights_and_comes_back_from_a_file(wanted, options, kinds):
     try:
         params, optimizer = build(wanted, options)

@@ -120,6 +120,7 @@ def check(tmp_path: Path, optim: str, dtype: torch.dtype, accumulation: int) -> 
 
 
 @pytest.mark.parametrize(("optim", "dtype", "accumulation"), SOME_CASES, ids=str)
+@pytest.mark.matrix("T1", "T2")
 def test_six_and_six_steps_through_the_trainer_are_twelve(tmp_path, optim, dtype, accumulation):
     check(tmp_path, optim, dtype, accumulation)
 
@@ -128,11 +129,13 @@ def test_six_and_six_steps_through_the_trainer_are_twelve(tmp_path, optim, dtype
 @pytest.mark.parametrize(
     ("optim", "dtype", "accumulation"), [case for case in EVERY_CASE if case not in SOME_CASES], ids=str
 )
+@pytest.mark.matrix("T1", "T2")
 def test_six_and_six_steps_are_twelve_in_every_combination(tmp_path, optim, dtype, accumulation):
     check(tmp_path, optim, dtype, accumulation)
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T1")
 def test_a_run_that_stops_after_every_step_is_the_run_that_never_stopped(tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 1}
     whole = build(tmp_path / "whole", "automagic_coptim_8bit", torch.bfloat16, 1)
@@ -171,6 +174,7 @@ class Wide(nn.Module):
 @pytest.mark.parametrize(
     "change", ["block_size=64", "codec=affine", "codec=dynamic", "quantize_states=false", "error_correction=true"]
 )
+@pytest.mark.matrix("T15")
 def test_states_that_are_stored_otherwise_are_converted_and_that_is_said(tmp_path, caplog, change):
     def run(steps: int, options: str, **changes: Any) -> AutomagicTrainer:
         values = {"optim": "automagic_8bit", "optim_args": options, "max_steps": steps, **changes}

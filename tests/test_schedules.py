@@ -126,6 +126,7 @@ KINDS = [kind.value for kind in SchedulerType]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix("T11")
 def test_a_schedule_multiplies_the_tuned_rate_and_stays_the_logged_one(tmp_path, kind):
     trainer, probe = run(tmp_path, kind, "loraplus_lr_ratio=4")
     starts = [group["initial_lr"] for group in inner(trainer).param_groups]
@@ -145,6 +146,7 @@ def test_a_schedule_multiplies_the_tuned_rate_and_stays_the_logged_one(tmp_path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix("T11")
 def test_without_self_tuning_the_schedule_is_the_rate(tmp_path, kind):
     _, probe = run(tmp_path, kind, "self_tuning=false")
     for seen in probe.steps:

@@ -72,11 +72,13 @@ def soak(steps: int, warmup: int) -> None:
     assert 0 < optimizer.c_optim.compute_contextual_lr_multiplier() <= 2
 
 
+@pytest.mark.matrix("T25")
 def test_for_300_steps(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tests.test_soak.SPOILT_EVERY", 50)
     soak(300, warmup=100)
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T25")
 def test_for_20000_steps():
     soak(20_000, warmup=2000)

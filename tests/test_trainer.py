@@ -131,6 +131,7 @@ def test_shares_of_a_tokens_mean_are_added_up(tmp_path):
 # steps that are not finite
 
 
+@pytest.mark.matrix("T7")
 def test_a_nan_batch_shows_in_the_logs_and_leaves_no_trace_in_the_weights(tmp_path):
     points = regression_points(12)
     spoilt = [*points[:4], *[{"x": torch.full((4,), torch.nan), "y": torch.zeros(1)}] * 2, *points[4:]]
@@ -168,6 +169,7 @@ def test_a_run_that_stands_still_stops_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.matrix("T2")
 def test_a_resumed_adapter_trains_as_if_never_stopped(tmp_path, dtype):
     whole = language(tmp_path, tiny_adapter(dtype), max_steps=6, save_strategy="steps", save_steps=3)
     whole.train()
@@ -213,6 +215,7 @@ def test_the_best_model_keeps_its_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.matrix("T1")
 def test_a_checkpoint_without_the_optimizer_is_refused(tmp_path, missing):
     regression(tmp_path, regression_points(16), save_strategy="steps", save_steps=2).train()
     (tmp_path / "checkpoint-4" / missing).unlink()
@@ -235,6 +238,7 @@ def test_a_fresh_optimizer_can_be_allowed(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("kind", ["plain", "peft"])
+@pytest.mark.matrix("T22")
 def test_the_card_has_the_section_once_after_two_trainings(tmp_path, kind):
     yaml = pytest.importorskip("yaml")
     trainer = language(tmp_path, tiny_llama() if kind == "plain" else tiny_adapter(), max_steps=2)
@@ -278,6 +282,7 @@ def test_trl_trainers_take_the_mixin(tmp_path):
     assert "optimizer:Automagic" in text
 
 
+@pytest.mark.matrix("T22")
 def test_a_push_carries_files_plots_and_the_section(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     pushed: list[set[str]] = []

@@ -104,6 +104,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.matrix("T23")
 def test_the_string_works_in_every_place(configs, place):
     assert configs[0][place] == "automagic_8bit"
 
@@ -227,11 +228,13 @@ def late_import(configs):
     return report(SHAPE + LATE_IMPORT, configs[1] / "training_args.bin")
 
 
+@pytest.mark.matrix("T23")
 def test_saved_arguments_load_where_we_are_not_installed(configs, late_import):
     assert configs[0]["types"] == ["str", "OptimizerNames"]
     assert late_import["saved"] == {"optim": "automagic_8bit", "ours": [], "refused": True}
 
 
+@pytest.mark.matrix("T23")
 def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names(late_import):
     assert {place: seen for place, seen in late_import.items() if place != "saved"} == {
         "us last": GOOD,
