@@ -1,4 +1,7 @@
-"""state_dict in and out: plain tensors with their own storage, restored in the dtype they were saved in."""
+"""state_dict in and out: plain tensors with their own storage, restored in the dtype they were saved in.
+
+What one version saved loads in every later one; `automagic.SCHEMA` says when that takes a conversion.
+"""
 
 from collections.abc import Callable
 from typing import Any
