@@ -355,6 +355,8 @@ def test_an_empty_group_is_no_trouble():
         ({"betas": (0.9, 1.0, 0.999)}, ValueError, "betas must be between"),
         ({"block_size": 100}, ValueError, "power of two from 32 to 4096, got 100"),
         ({"codec": "softsing"}, TypeError, "did you mean 'softsign'"),
+        ({"eps": (1e-30, 0.0, 1e-8)}, ValueError, "eps must be between 1e-30 and inf, got 0.0"),
+        ({"came_mode": "paper", "betas": (0.0, 0.9, 0.9)}, ValueError, "'paper' needs a first beta above 0"),
         ({"min_lr": 1e-2}, ValueError, "min_lr must not exceed max_lr"),
         ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a number"),
     ],

@@ -63,6 +63,11 @@ class AutomagicConfig(StorageOptions, SpatialOptions, PairOptions, ContextOption
 
     def _check_comparison(self) -> None:
         modes = f"came_mode 'stable' and momentum_order 'after', got {self.came_mode!r} and {self.momentum_order!r}"
+        if self.came_mode == "paper" and not self.betas[0]:
+            raise ValueError(
+                f"came_mode 'paper' needs a first beta above 0, got betas {self.betas!r}: with 0 its residual is zero, "
+                "and it divides by that; use came_mode 'stable'"
+            )
         if self.context:
             raise ValueError(
                 f"context needs {modes}: the modes for comparison measure no consistency; turn context off"
