@@ -65,8 +65,8 @@ class AutomagicConfig(StorageOptions, SpatialOptions, PairOptions, ContextOption
         modes = f"came_mode 'stable' and momentum_order 'after', got {self.came_mode!r} and {self.momentum_order!r}"
         if self.came_mode == "paper" and not self.betas[0]:
             raise ValueError(
-                f"came_mode 'paper' needs a first beta above 0, got betas {self.betas!r}: with 0 its residual is zero, "
-                "and it divides by that; use came_mode 'stable'"
+                f"came_mode 'paper' needs a first beta above 0, got betas {self.betas!r}: with 0 its residual is "
+                "zero, and it divides by that; use came_mode 'stable'"
             )
         if self.context:
             raise ValueError(
