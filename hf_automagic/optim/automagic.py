@@ -154,13 +154,18 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         plan, groups = self._live_plan(), self.param_groups
         shared, counters = groups[0], groups[0]["counters"]
         grads = [p.grad for _, p in params if p.grad is not None]
-        check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
+        check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm, plan.ranks)
         self._set_rates()
         gains = plan.pairs.row_gains()
-        measured = []
-        for number, (index, bucket) in enumerate(plan.buckets):
-            inputs = _inputs(groups[index]["applied_lr"], check, bucket.device, gains.get(number))
-            measured.append(BucketSums(index, bucket.step(inputs), bucket.numel_with_grad()))
+        inputs = [
+            _inputs(groups[index]["applied_lr"], check, bucket.device, gains.get(number))
+            for number, (index, bucket) in enumerate(plan.buckets)
+        ]
+        pools = plan.step(inputs)
+        measured = [
+            BucketSums(index, pool, bucket.numel_with_grad())
+            for (index, bucket), pool in zip(plan.buckets, pools, strict=True)
+        ]
         shared["host_steps"] = shared.get("host_steps", 0) + 1
         plan.pairs.shrink_spectra([group["applied_lr"] for group in groups], check.finite, shared["host_steps"])
         count_step(counters, check)

@@ -1,7 +1,7 @@
 """Buckets: same-shaped parameters stepped together, gather -> decode -> chain -> encode -> scatter."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,21 @@ class StepInputs:
     finite: Tensor
     clip: Tensor | None
     row_gain: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """What one sweep over the rows of a chunk found.
+
+    Args:
+        sums: partial sums that a further sweep waits for, empty once the parameters are written  # each [n, ...]
+        whole: new states that take all rows of a matrix to encode  # each [n, ...]
+        pool: sums over all parameters  # each []
+    """
+
+    sums: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    pool: dict[str, Tensor]
 
 
 class Bucket:
@@ -65,6 +80,7 @@ class Bucket:
         self.chain, self.stored = store_states(config, self.layout, codecs, is_full_weight)
         self.stacks: dict[str, Tensor] = {}
         self.views: list[dict[str, Tensor]] = []
+        self.first_row, self.held_rows = 0, self.layout.rows  # which rows of each matrix are here
         self.keys = torch.tensor(self.positions, dtype=torch.int64, device=self.device)
 
     def adopt(self, states: Sequence[dict[str, Tensor]]) -> int:
@@ -79,26 +95,36 @@ class Bucket:
         if not self.stacks:
             self._allocate()
         converted = 0
-        for state, views in zip(states, self.views, strict=True):
+        for i, (state, views) in enumerate(zip(states, self.views, strict=True)):
             if all(state.get(name) is view for name, view in views.items()):
                 continue
             converted += convert_entry(state, self.stored, self.layout)
             for name, view in views.items():
                 if name in state:
-                    view.copy_(torch.as_tensor(state[name]).view_as(view))
+                    self._load(i, name, torch.as_tensor(state[name]))
                 state[name] = view
         return converted
 
+    def _load(self, index: int, name: str, value: Tensor) -> None:
+        """Takes over a field of one parameter's states."""
+        view = self.views[index][name]
+        view.copy_(value.view_as(view))
+
     def _allocate(self) -> None:
-        n, (rows, cols) = len(self.params), (self.layout.rows, self.layout.cols)
+        n, rows, cols = len(self.params), self.held_rows, self.layout.cols
         for stored in self.stored:
             for name, (shape, dtype) in stored.fields(rows, cols).items():
                 initial = stored.spec.initial if stored.codec is None else 0
                 self.stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
-        for i in range(n):
-            one = {name: stack[i] for name, stack in self.stacks.items()}
-            whole = {name: t.view(self.layout.shape) for name, t in one.items() if t.shape == (rows, cols)}
-            self.views.append(one | whole)
+        self.views = [
+            {name: self._shown(stored, i, name) for stored in self.stored for name in self._names(stored)}
+            for i in range(n)
+        ]
+
+    def _shown(self, stored: StoredState, index: int, name: str) -> Tensor:
+        """Returns a field of a parameter as `optimizer.state[p]` has it: a view into the stack."""
+        held = self.stacks[name][index]
+        return held.view(self.layout.seen(tuple(held.shape)))
 
     def step(self, inputs: StepInputs) -> dict[str, Tensor]:
         """Steps the parameters that have a gradient; returns the pooled sums  # each []"""
@@ -130,45 +156,62 @@ class Bucket:
         """Yields chunks of a run, and for a matrix above the limit the row slices to sweep it in."""
         row_bytes = 4 * self.layout.cols
         limit = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        count = limit // (row_bytes * self.layout.rows)
+        count = limit // (row_bytes * max(1, self.held_rows))
         if not count and any(transform.needs_whole_matrix for transform in self.chain):
             count = 1
         if count:
             for first in range(start, stop, count):
-                yield first, min(first + count, stop), [slice(0, self.layout.rows)]
+                yield first, min(first + count, stop), [slice(0, self.held_rows)]
             return
         height = max(1, limit // row_bytes)
-        rows = [slice(r, min(r + height, self.layout.rows)) for r in range(0, self.layout.rows, height)]
+        rows = [slice(r, min(r + height, self.held_rows)) for r in range(0, self.held_rows, height)]
         for first in range(start, stop):
             yield first, first + 1, rows
 
     def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> dict[str, Tensor]:
         step = self.stacks["step"][chunk] + inputs.finite
         totals: list[dict[str, Tensor]] | None = None if len(pieces) == 1 else []
+        while (swept := self._sweep(chunk, pieces, step, inputs, totals)).sums:
+            assert totals is not None
+            totals.append(swept.sums)
+        self._finish(chunk, swept.whole, step, inputs)
+        return swept.pool
+
+    def _sweep(
+        self,
+        chunk: slice,
+        pieces: list[slice],
+        step: Tensor,
+        inputs: StepInputs,
+        totals: Sequence[dict[str, Tensor]] | None,
+    ) -> Swept:
+        """Runs the chain on one piece of rows after another, as far as the totals reach."""
+        sums: dict[str, Tensor] = {}
         pool: dict[str, Tensor] = {}
         whole: dict[str, list[Tensor]] = {}
-        while True:
-            sums: dict[str, Tensor] = {}
-            for rows in pieces:
-                context = self._gather(chunk, rows, step, inputs)
-                result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, totals)
-                if isinstance(result, Measured):
-                    sums = {k: sums[k] + v if k in sums else v for k, v in result.matrix.items()}
-                    continue
-                self._scatter(chunk, rows, context, result, inputs)
-                for name, value in self._encode(chunk, rows, result, step, inputs).items():
-                    whole.setdefault(name, []).append(value)
-                pool = {k: pool[k] + v if k in pool else v for k, v in result.pool.items()}
-            if not sums:
-                break
-            assert totals is not None
-            totals.append(sums)
+        for rows in pieces:
+            context = self._gather(chunk, rows, step, inputs)
+            result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, totals)
+            if isinstance(result, Measured):
+                sums = {k: sums[k] + v if k in sums else v for k, v in result.matrix.items()}
+                continue
+            self._scatter(chunk, rows, context, result, inputs)
+            for name, value in self._encode(chunk, rows, result, step, inputs).items():
+                whole.setdefault(name, []).append(value)
+            pool = {k: pool[k] + v if k in pool else v for k, v in result.pool.items()}
+        along_rows = {stored.spec.name for stored in self.stored if stored.spec.shape == "rows"}
+        joined = {name: torch.cat(parts, 1) if name in along_rows else parts[-1] for name, parts in whole.items()}
+        return Swept(sums, joined, pool)
+
+    def _finish(self, chunk: slice, whole: dict[str, Tensor], step: Tensor, inputs: StepInputs) -> None:
+        """Writes the states that take whole matrices to encode, and counts the step."""
         for stored in self.stored:
-            if values := whole.get(stored.spec.name):
-                value = torch.cat(values, 1) if stored.spec.shape == "rows" else values[-1]
-                self._store(stored, chunk, slice(0, self.layout.rows), value, step, inputs)
+            if stored.spec.name in whole:
+                self._store_whole(stored, chunk, whole[stored.spec.name], step, inputs)
         self.stacks["step"][chunk].copy_(step)
-        return pool
+
+    def _store_whole(self, stored: StoredState, chunk: slice, value: Tensor, step: Tensor, inputs: StepInputs) -> None:
+        self._store(stored, chunk, slice(0, self.held_rows), value, step, inputs)
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:
         """Stacks gradients and weights  # [n, rows, cols], float32"""
@@ -178,9 +221,14 @@ class Bucket:
             grad = grad * inputs.clip
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
         if gain is not None and gain.shape[1] > 1:
-            gain = gain[:, rows]
+            gain = gain[:, self._in_matrix(rows)]
         param, layout = self._stack(params, rows), self.layout
-        return StepContext(grad, param, step, inputs.lr, layout.rows, layout.cols, rows.start, gain)
+        first = self._in_matrix(rows).start
+        return StepContext(grad, param, step, inputs.lr, layout.rows, layout.cols, first, gain)
+
+    def _in_matrix(self, rows: slice) -> slice:
+        """Counts rows that are here as rows of the whole matrix."""
+        return slice(self.first_row + rows.start, self.first_row + rows.stop)
 
     def _stack(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
         if self.layout.shape:
@@ -213,13 +261,19 @@ class Bucket:
         if stored.spec is STEP:
             return
         parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
+        first = self._in_matrix(rows).start * self.layout.cols if stored.spec.shape == "matrix" else 0
+        context = EncodeContext(parts, step, self._draw(stored, chunk, step, first))
+        for name, encoded in stored.encode(value, context).items():
+            parts[name].copy_(torch.where(inputs.finite, encoded, parts[name]))
+
+    def _draw(self, stored: StoredState, chunk: slice, step: Tensor, first: int) -> Callable[[int], Tensor]:
+        """Returns what draws random numbers for a state, from an element's place in the whole matrix on."""
 
         def draw(numel: int) -> Tensor:
             keys = step_keys(self.config.seed, self.keys[chunk], step)
-            return random_bits(keys_for(keys, stored.number), 0, numel)
+            return random_bits(keys_for(keys, stored.number), first, numel)
 
-        for name, encoded in stored.encode(value, EncodeContext(parts, step, draw)).items():
-            parts[name].copy_(torch.where(inputs.finite, encoded, parts[name]))
+        return draw
 
     def _names(self, stored: StoredState) -> list[str]:
         return list(stored.fields(self.layout.rows, self.layout.cols))
@@ -237,12 +291,12 @@ class Bucket:
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
         """Stacks some of the bucket's parameters as they are now: [k, rows, cols], float32."""
-        return self._stack([self.params[i] for i in indices], slice(0, self.layout.rows))
+        return self._stack([self.params[i] for i in indices], slice(0, self.held_rows))
 
     def gradients(self, indices: Sequence[int]) -> Tensor:
         """Stacks the gradients of some of the bucket's parameters: [k, rows, cols], float32."""
         grads = [self.params[i].grad for i in indices]
-        return self._stack([grad for grad in grads if grad is not None], slice(0, self.layout.rows))
+        return self._stack([grad for grad in grads if grad is not None], slice(0, self.held_rows))
 
     def rewrite(self, indices: Sequence[int], values: Tensor) -> None:
         """Replaces whole parameters after their step; rounding draws other numbers than the step did.
@@ -253,14 +307,14 @@ class Bucket:
         """
         keys = torch.stack([self.keys[i] for i in indices])
         step = torch.stack([self.stacks["step"][i] for i in indices])
-        rows = slice(0, self.layout.rows)
-        self._write([self.params[i] for i in indices], rows, values, keys, step, draw=1)
+        rows = slice(0, self.held_rows)
+        self._write([self.params[i] for i in indices], rows, values[:, self._in_matrix(rows)], keys, step, draw=1)
 
     def _write(
         self, params: Sequence[Tensor], rows: slice, values: Tensor, keys: Tensor, step: Tensor, draw: int = 0
     ) -> None:
         if self.dtype in (torch.bfloat16, torch.float16) and self.config.stochastic_rounding:
-            first = draw * self.layout.shape.numel() + rows.start * self.layout.cols
+            first = draw * self.layout.shape.numel() + self._in_matrix(rows).start * self.layout.cols
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
         for param, value in zip(params, values.unbind(), strict=True):

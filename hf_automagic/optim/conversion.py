@@ -9,6 +9,7 @@ from torch import Tensor
 from ..quantization import CODECS, Log16, QuantizationStrategy, WithFeedback, make_codec
 from ..quantization.blocks import block_sizes, errors_by_block, largest_fitting
 from ..transforms.core import StateSpec
+from .distributed import whole
 from .groups import group_config
 from .storage import Layout, StoredState, codecs_of_group, store_states
 
@@ -42,7 +43,7 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
                 f"the saved {wanted.spec.name} of a parameter of shape {tuple(layout.shape)} has a form that no codec "
                 f"writes: {shapes}; resume with the model that was trained, and register the codec that wrote it"
             )
-        values = _read(found, form, layout)
+        values = _read({name: whole(tensor) for name, tensor in found.items()}, form, layout)
         for name in found:
             del state[name]
         state |= {name: field[0] for name, field in wanted.encode(values).items()}
