@@ -118,3 +118,100 @@ def run(
     model, optimizer = build(options, shapes, is_sharded=is_sharded, **kind)
     train(model, optimizer, range(steps))
     return report(model, optimizer)
+
+
+def describe_states(options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Says of each state whether it is sharded, its whole shape and dtype, and how many rows lie here."""
+    model, optimizer = build(options, shapes, is_sharded=dist.is_initialized())
+    train(model, optimizer, range(1))
+    return {
+        f"{name} {key}": (
+            hasattr(held, "placements") and held.placements == p.placements,
+            tuple(held.shape),
+            held.dtype,
+            held.to_local().shape[0] if hasattr(held, "placements") else None,
+        )
+        for name, p in model.named()
+        for key, held in optimizer.state[p].items()
+    }
+
+
+def spoil_one_rank(options: Mapping[str, Any], spoiled: str) -> dict[str, Any]:
+    """Takes a step, then one in which only the last rank's rows of one gradient are not finite, then one more."""
+    model, optimizer = build(options, SHAPES, is_sharded=True)
+    train(model, optimizer, range(1))
+    before = report(model, optimizer)
+    set_grads(model, 1)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        dict(model.named())[spoiled].grad.to_local()[-1].fill_(torch.nan)
+    optimizer.step()
+    return {"before": before, "after": report(model, optimizer), "events": optimizer.events()}
+
+
+def save(folder: str, options: Mapping[str, Any], steps: range, source: str = "") -> dict[str, Any]:
+    """Trains, from a checkpoint where there is one, saves with torch's distributed checkpoints, and reports."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    model, optimizer = load(source, options) if source else build(options, ALL, is_sharded=dist.is_initialized())
+    train(model, optimizer, steps)
+    states = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    return report(model, optimizer)
+
+
+def load(folder: str, options: Mapping[str, Any]) -> tuple[Holder, Automagic]:
+    """Loads a distributed checkpoint into a new model and a new optimizer."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as sd
+
+    model, optimizer = build(options, ALL, is_sharded=dist.is_initialized())
+    states = {"model": sd.get_model_state_dict(model), "optimizer": sd.get_optimizer_state_dict(model, optimizer)}
+    dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    sd.set_state_dict(
+        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
+    )
+    return model, optimizer
+
+
+def load_and_train(folder: str, options: Mapping[str, Any], steps: range) -> dict[str, Any]:
+    """Goes on from a distributed checkpoint and reports."""
+    model, optimizer = load(folder, options)
+    train(model, optimizer, steps)
+    return report(model, optimizer)
+
+
+def pass_through_one_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Saves whole states on the first rank and loads them from there on all, as accelerate's FULL_STATE_DICT does."""
+    from torch.distributed.checkpoint import state_dict as sd
+
+    model, optimizer = build(options, ALL, is_sharded=True)
+    train(model, optimizer, range(3))
+    all_in_one = sd.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
+    saved = sd.get_optimizer_state_dict(model, optimizer, options=all_in_one)
+    if dist.get_rank() == 0:
+        torch.save(saved, file)
+    fresh, resumed = build(options, ALL, is_sharded=True)
+    with torch.no_grad():
+        for (_, p), (_, trained) in zip(fresh.named(), model.named(), strict=True):
+            p.copy_(trained)
+    saved = torch.load(file, weights_only=True) if dist.get_rank() == 0 else {}
+    sd.set_optimizer_state_dict(fresh, resumed, saved, options=all_in_one)
+    train(fresh, resumed, range(3, 6))
+    train(model, optimizer, range(3, 6))
+    return {"whole": report(model, optimizer), "resumed": report(fresh, resumed)}
+
+
+def change_storage(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Loads one process's plain state_dict into shards, changes codec and block size in the run, and goes on."""
+    model, optimizer = build({}, ALL, is_sharded=dist.is_initialized())
+    optimizer.load_state_dict(state_dict)
+    train(model, optimizer, range(3, 4))
+    optimizer.requantize(block_size=32, codec="affine")
+    train(model, optimizer, range(4, 5))
+    optimizer.set_quantization(False)
+    train(model, optimizer, range(5, 6))
+    return report(model, optimizer)
+
+
+ALL = SHAPES | PAIRS

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..config import AutomagicConfig, make_config, option_names
 from ..quantization import QuantizationStrategy
 from .attach import attached_groups, read_names
-from .bucket import StepInputs
 from .checkpoint_state import load_packed_state, pack_state
 from .context import ContextController, observe_step
 from .conversion import LiveStorage
@@ -31,6 +30,7 @@ from .notices import tell_inert_options
 from .pairs import PairRanks, check_aligned
 from .plan import Plan, prepare_shared, shared_device
 from .storage import codecs_of_group
+from .sweep import StepInputs
 from .tuning import BucketSums, add_pools, tune_rates
 
 SCHEMA = 1  # of state_dict(); grows when an old file needs to be converted

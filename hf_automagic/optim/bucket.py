@@ -1,6 +1,5 @@
 """Buckets: same-shaped parameters stepped together, gather -> decode -> chain -> encode -> scatter."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -11,42 +10,11 @@ from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, ro
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
 from .storage import STEP, Layout, StoredState, store_states
+from .sweep import StepInputs, Swept
 
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
 # the # last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What a step hands to every bucket of a device.
-
-    Args:
-        lr: the group's rate really applied  # [], float32
-        finite: whether the step may change anything  # [], bool
-        clip: factor for the gradients, None for none  # []
-        row_gain: ALLoRA's gains of the bucket's parameters, None without pairs  # [n, rows] or [n, 1]
-    """
-
-    lr: Tensor
-    finite: Tensor
-    clip: Tensor | None
-    row_gain: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Swept:
-    """What one sweep over the rows of a chunk found.
-
-    Args:
-        sums: partial sums that a further sweep waits for, empty once the parameters are written  # each [n, ...]
-        whole: new states that take all rows of a matrix to encode  # each [n, ...]
-        pool: sums over all parameters  # each []
-    """
-
-    sums: dict[str, Tensor]
-    whole: dict[str, Tensor]
-    pool: dict[str, Tensor]
 
 
 class Bucket:

@@ -32,7 +32,8 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
     converted = False
     for wanted in stored:
         forms = list(_forms(wanted.spec))
-        possible = {name for form in forms for name in form.fields(layout.rows, layout.cols)}
+        # in the same order on every rank, as those that are sharded are then joined one by one
+        possible = dict.fromkeys(name for form in forms for name in form.fields(layout.rows, layout.cols))
         found = {name: torch.as_tensor(state[name]) for name in possible if name in state}
         if not found or _fits(found, wanted, layout):
             continue

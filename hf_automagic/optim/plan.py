@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import option_names
 from ..quantization import QuantizationStrategy
-from .bucket import Bucket, StepInputs
+from .bucket import Bucket
 from .context import fit_context
 from .distributed import RankSums, find_shard, refuse_flat_shards
 from .events import new_events
@@ -18,6 +18,7 @@ from .guard import new_counters
 from .pairs import PairView
 from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
+from .sweep import StepInputs
 
 logger = logging.getLogger(__name__)
 

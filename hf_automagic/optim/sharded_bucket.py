@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..quantization import EncodeContext
-from .bucket import Bucket, StepInputs
+from .bucket import Bucket
 from .distributed import RankSums, Shard, local, whole
 from .storage import StoredState
+from .sweep import StepInputs
 
 Sums = dict[str, Tensor]
 
