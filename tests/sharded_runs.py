@@ -168,9 +168,7 @@ def load(folder: str, options: Mapping[str, Any]) -> tuple[Holder, Automagic]:
     model, optimizer = build(options, ALL, is_sharded=dist.is_initialized())
     states = {"model": sd.get_model_state_dict(model), "optimizer": sd.get_optimizer_state_dict(model, optimizer)}
     dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    sd.set_state_dict(
-        model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"]
-    )
+    sd.set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return model, optimizer
 
 

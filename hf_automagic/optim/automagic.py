@@ -231,7 +231,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     @torch.no_grad()
     def pair_ranks(self) -> PairRanks | None:
-        """Returns how many directions each LoRA product B A uses, None without pairs; decomposes r x r matrices."""
+        """Returns how many directions each LoRA product B A uses; decomposes r x r matrices.
+
+        None without pairs, and where they are sharded.
+        """
         return self._current_plan().pairs.ranks()
 
     def memory_stats(self) -> MemoryStats:

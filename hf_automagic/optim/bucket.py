@@ -24,6 +24,8 @@ class Bucket:
     else put there.
     """
 
+    is_spread = False  # whether other ranks hold rows of these parameters
+
     def __init__(
         self,
         params: Sequence[Tensor],

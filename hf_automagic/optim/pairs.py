@@ -116,7 +116,12 @@ class PairView:
                     self._shrink(batch, some, config, rates[self.group_of[batch.a_bucket]], finite)
 
     def ranks(self) -> PairRanks | None:
-        """Measures the ranks of all products B A, for a snapshot; None without pairs."""
+        """Measures the ranks of all products B A, for a snapshot; None without pairs.
+
+        None as well where pairs are sharded: one rank that logs must not wait for the others.
+        """
+        if any(bucket.is_spread for bucket in self.buckets):
+            return None
         positions: list[int] = []
         spectra: list[Tensor] = []
         for batch in self.batches:

@@ -37,7 +37,8 @@ class ShardedBucket(Bucket):
         super().__init__(*bucket)
         self.first_row, self.held_rows = shard.first_row, shard.rows
         self.ranks = ranks if len(shard.ranks) > 1 else None
-        if self.ranks is None:
+        self.is_spread = self.ranks is not None
+        if not self.is_spread:
             return
         shape = f"{tuple(self.layout.shape)} sharded over {len(shard.ranks)} ranks"
         if any(transform.needs_whole_matrix for transform in self.chain):
@@ -168,7 +169,7 @@ def step_together(
     pools: dict[int, Sums] = {}
     sweeps: dict[int, Generator[Sums, Sums, Sums]] = {}
     for i, (bucket, its) in enumerate(zip(buckets, inputs, strict=True)):
-        if isinstance(bucket, ShardedBucket) and bucket.ranks is not None:
+        if isinstance(bucket, ShardedBucket) and bucket.is_spread:
             sweeps[i] = bucket.sweep(its)
         else:
             pools[i] = bucket.step(its)
