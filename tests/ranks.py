@@ -78,7 +78,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, backend: str, meeting: 
     """Is a rank: does what it is sent until it is killed, or its parent ends."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    if backend == "nccl":
+    if "nccl" in backend:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         backend,

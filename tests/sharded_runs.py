@@ -1,5 +1,6 @@
 """What ranks do in the tests of sharded training, and the same in one process."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_automagic import Automagic
+from hf_automagic.reporting.snapshot import OptimizerSnapshot
 
 # on two ranks: even, uneven, empty on the last rank, with a third axis, vectors; the first are large enough for 8 bits
 SHAPES = {
@@ -108,6 +110,7 @@ def report(model: Holder, optimizer: Automagic) -> dict[str, Any]:
         "params": {name: whole(p) for name, p in named},
         "states": {name: {key: whole(t) for key, t in optimizer.state[p].items()} for name, p in named},
         "shared": shared,
+        "bytes": optimizer.memory_stats().total_bytes,
     }
 
 
@@ -213,3 +216,113 @@ def change_storage(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 ALL = SHAPES | PAIRS
+
+
+class Layers(nn.Module):
+    """A network of odd widths, whose data differs between ranks."""
+
+    def __init__(self) -> None:
+        """Draws the weights, the same everywhere."""
+        super().__init__()
+        torch.manual_seed(0)
+        widths = (24, 65, 65, 3)
+        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in itertools.pairwise(widths)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the loss of a batch."""
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return (x - 0.5).square().mean()
+
+
+def train_layers(steps: int, device: str = "cpu", **options: Any) -> dict[str, Any]:
+    """Trains a model that is sharded layer by layer, or whole on the batches of both ranks."""
+    model, (rank, size) = Layers().to(device), (dist.get_rank(), dist.get_world_size()) if _joined() else (0, 1)
+    if _joined():
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = Automagic(model.named_parameters(), lr=1e-3, context=True, **options)
+    for step in range(steps):
+        batch = torch.randn(8, 24, generator=torch.Generator().manual_seed(step)).to(device)
+        loss = model(batch.chunk(size)[rank])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss=loss)
+    return {
+        "params": {name: whole(p) for name, p in model.named_parameters()},
+        "history": optimizer.c_optim.history().losses,
+    }
+
+
+def _joined() -> bool:
+    return dist.is_initialized()
+
+
+def count_reductions(options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Counts the all-reduces of one step."""
+    model, optimizer = build(options, shapes, is_sharded=True)
+    train(model, optimizer, range(1))
+    set_grads(model, 1)
+    calls, all_reduce = [], dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = all_reduce
+    return len(calls)
+
+
+def run_in_pieces(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains with chunks so small that matrices are swept in pieces of their rows."""
+    from hf_automagic.optim import bucket
+
+    limits = dict(bucket.CHUNK_BYTES)
+    bucket.CHUNK_BYTES["cpu"] = 1024
+    try:
+        return run(options, ALL, 4, True)
+    finally:
+        bucket.CHUNK_BYTES |= limits
+
+
+def refusal(kind: str) -> str:
+    """Returns what is said where a parameter cannot be stepped as it lies."""
+    from torch.distributed.tensor import Shard
+
+    options = {
+        "axis": {"spatial_axes": (0,), "edge_suppression": True},
+        "blocks": {"adaptive_block_size": True},
+    }.get(kind, {})
+    model = Holder({"p": (6, 4)}, torch.float32, "cpu")
+    if kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        model = FullyShardedDataParallel(nn.Linear(6, 4), use_orig_params=True, device_id=torch.device("cpu"))
+        optimizer = Automagic(model.parameters())
+        model(torch.ones(1, 6)).sum().backward()
+    else:
+        columns = {"shard_placement_fn": lambda p: Shard(1)} if kind == "columns" else {}
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), **columns)
+        optimizer = Automagic(model.named(), **options)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def ranks_of_pairs() -> tuple[bool, int]:
+    """Says whether a snapshot is silent about sharded pairs, and how many pairs there are."""
+    model, optimizer = build({"allora": True}, PAIRS, is_sharded=True)
+    train(model, optimizer, range(1))
+    if dist.get_rank():
+        return True, 2  # takes no part: nothing may wait for it
+    pairs = {pair for group in optimizer.param_groups for pair in group["pairs"]}
+    return OptimizerSnapshot.take(optimizer).effective_rank is None, len(pairs)

@@ -58,6 +58,7 @@ def test_two_ranks_step_as_one_process(ranks: Ranks, options: dict, tolerance: f
     first, second = ranks.run(sharded_runs.run, options, ALL, 8, True)
     assert worst(first, alone, options) < tolerance
     assert same_bits(first["shared"], second["shared"])  # rates, counters, events, context
+    assert first["bytes"] == alone["bytes"]
     for name, states in alone["states"].items():
         assert same_bits(first["states"][name], second["states"][name])
         assert {k: (t.shape, t.dtype) for k, t in first["states"][name].items()} == {
@@ -138,3 +139,59 @@ def test_a_plain_checkpoint_loads_into_shards_and_is_stored_in_other_ways(ranks:
     assert worst(first, alone, {}) < CODED
     for name, states in alone["states"].items():
         assert first["states"][name].keys() == states.keys()
+
+
+def test_layers_sharded_one_by_one_train_as_one_process_on_both_batches(ranks: Ranks):
+    alone = sharded_runs.train_layers(10)
+    first, second = ranks.run(sharded_runs.train_layers, 10)
+    assert same_bits(first["params"], second["params"])
+    assert first["history"] == second["history"] == pytest.approx(alone["history"], rel=1e-5)
+    start = {name: p.detach() for name, p in sharded_runs.Layers().named_parameters()}
+    for name, p in alone["params"].items():
+        assert float((first["params"][name] - p).norm() / (p - start[name]).norm()) < 1e-2  # gradients differ too
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    # gradients; second moment, clip, confidence, clip; pooled sums. Caution and the element mask have sums of theirs.
+    [({"quantize_states": False}, 6), ({}, 6), ({"cautious": True, "lr_granularity": "element"}, 8)],
+    ids=str,
+)
+def test_a_step_takes_a_few_reductions_for_all_parameters(ranks: Ranks, options: dict, expected: int):
+    few = {"uneven": SHAPES["uneven"]}
+    assert ranks.run(sharded_runs.count_reductions, options, few) == [expected, expected]
+    assert ranks.run(sharded_runs.count_reductions, options, ALL) == [expected, expected]
+
+
+def test_shards_too_large_for_a_chunk_are_swept_in_pieces(ranks: Ranks):
+    options = {"cautious": True, "vector_precision": "log16"}
+    pieces, _ = ranks.run(sharded_runs.run_in_pieces, options)
+    assert worst(pieces, sharded_runs.run(options, ALL, 4, False), options) < CODED
+
+
+REFUSALS = {
+    "axis": "spatial_axes (0,) of a parameter of shape (6, 4) sharded over 2 ranks name axis 0",
+    "blocks": "adaptive_block_size measures whole matrices",
+    "columns": "sharded by its first axis alone; use fully_shard without tensor parallelism",
+    "fsdp1": "is a flat piece of FSDP1, which has no rows to factor or to quantise; use FSDP2",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_cannot_be_stepped_as_it_lies_is_refused_before_the_first_step(ranks: Ranks, kind: str):
+    for sentence in ranks.run(sharded_runs.refusal, kind):
+        assert REFUSALS[kind] in sentence
+
+
+def test_a_rank_that_logs_alone_waits_for_nobody(ranks: Ranks):
+    assert ranks.run(sharded_runs.ranks_of_pairs) == [(True, 2), (True, 2)]
+
+
+def test_flat_pieces_of_deepspeed_are_refused_with_the_remedy():
+    optimizer = sharded_runs.build({}, SHAPES, is_sharded=False)[1]
+    for group in optimizer.param_groups:  # what ZeRO does to the optimizer that it is given
+        flat = torch.cat([p.detach().flatten() for p in group["params"]]).requires_grad_()
+        flat.grad = torch.ones_like(flat)
+        group["params"] = [flat]
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO replaces parameters by flat pieces"):
+        optimizer.step()
