@@ -25,6 +25,7 @@ SHAPES = {
     "bias": (17,),
     "single": (1,),
 }
+SHARDED, ALONE = {"is_sharded": True}, {"is_sharded": False}
 PAIRS = {"a.lora_A.weight": (3, 40), "a.lora_B.weight": (31, 3), "b.lora_A.weight": (5, 40), "b.lora_B.weight": (9, 5)}
 
 
@@ -49,14 +50,17 @@ def build(
     options: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    dtype: torch.dtype = torch.float32,
     is_sharded: bool,
+    dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    copies: int = 1,
 ) -> tuple[Holder, Automagic]:
-    """Builds a model and its optimizer; the optimizer is built from the sharded parameters."""
+    """Builds a model and its optimizer from the parameters, sharded or not; `copies` groups of ranks hold all rows."""
     model = Holder(shapes, dtype, device)
     if is_sharded:
-        fully_shard(model, mesh=init_device_mesh(device.split(":")[0], (dist.get_world_size(),)))
+        size = dist.get_world_size() // copies
+        lies = ((size,), ("shard",)) if copies == 1 else ((copies, size), ("replicate", "shard"))
+        fully_shard(model, mesh=init_device_mesh(device, lies[0], mesh_dim_names=lies[1]))
     return model, Automagic(model.named(), lr=1e-3, **options)
 
 
@@ -73,9 +77,9 @@ def like(param: Tensor, value: Tensor) -> Tensor:
     value = value.to(param.device, param.dtype)
     if not isinstance(param, DTensor):
         return value
-    mesh = param.device_mesh
-    height = -(-value.shape[0] // mesh.size())
-    own = value[height * mesh.get_local_rank() :][:height]
+    mesh, axis = param.device_mesh, param.device_mesh.ndim - 1
+    height = -(-value.shape[0] // mesh.size(axis))
+    own = value[height * mesh.get_local_rank(axis) :][:height]
     return DTensor.from_local(own, mesh, param.placements, run_check=False, shape=value.shape, stride=value.stride())
 
 
@@ -115,10 +119,10 @@ def report(model: Holder, optimizer: Automagic) -> dict[str, Any]:
 
 
 def run(
-    options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], steps: int, is_sharded: bool, **kind: Any
+    options: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], steps: int, kind: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Trains from the start and reports."""
-    model, optimizer = build(options, shapes, is_sharded=is_sharded, **kind)
+    """Trains from the start and reports; `kind` is what `build` takes beside options and shapes."""
+    model, optimizer = build(options, shapes, **kind)
     train(model, optimizer, range(steps))
     return report(model, optimizer)
 
@@ -285,7 +289,7 @@ def run_in_pieces(options: Mapping[str, Any]) -> dict[str, Any]:
     limits = dict(bucket.CHUNK_BYTES)
     bucket.CHUNK_BYTES["cpu"] = 1024
     try:
-        return run(options, ALL, 4, True)
+        return run(options, ALL, 4, SHARDED)
     finally:
         bucket.CHUNK_BYTES |= limits
 

@@ -7,7 +7,7 @@ import torch
 
 from tests import sharded_runs
 from tests.ranks import Ranks
-from tests.sharded_runs import ALL, SHAPES
+from tests.sharded_runs import ALL, ALONE, SHAPES, SHARDED
 
 # Sums over rows are added in another order; 40 times what was seen. A code on the edge between two may fall to either
 # side, as the random rounding of a 16-bit code may.
@@ -54,8 +54,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "tolerance"), OPTIONS, ids=[str(options) for options, _ in OPTIONS])
 def test_two_ranks_step_as_one_process(ranks: Ranks, options: dict, tolerance: float):
-    alone = sharded_runs.run(options, ALL, 8, False)
-    first, second = ranks.run(sharded_runs.run, options, ALL, 8, True)
+    alone = sharded_runs.run(options, ALL, 8, ALONE)
+    first, second = ranks.run(sharded_runs.run, options, ALL, 8, SHARDED)
     assert worst(first, alone, options) < tolerance
     assert same_bits(first["shared"], second["shared"])  # rates, counters, events, context
     assert first["bytes"] == alone["bytes"]
@@ -70,15 +70,34 @@ def test_two_ranks_step_as_one_process(ranks: Ranks, options: dict, tolerance: f
 def test_without_sums_two_ranks_give_the_bits_of_one_process(ranks: Ranks, dtype: torch.dtype):
     """Adam's order sums nothing over rows: what is left is rounding, which must draw from the place in the whole."""
     options = {"momentum_order": "before", "factored": False, "self_tuning": False}
-    alone = sharded_runs.run(options, SHAPES, 5, False, dtype=dtype)
-    first, _ = ranks.run(_run_in, dtype, options)
+    alone = sharded_runs.run(options, SHAPES, 5, ALONE | {"dtype": dtype})
+    first, _ = ranks.run(sharded_runs.run, options, SHAPES, 5, SHARDED | {"dtype": dtype})
     assert same_bits(first["params"], alone["params"])
     for name, states in alone["states"].items():
         assert same_bits(first["states"][name], states)
 
 
-def _run_in(dtype: torch.dtype, options: dict) -> dict:
-    return sharded_runs.run(options, SHAPES, 5, True, dtype=dtype)
+def test_one_shard_gives_the_bits_of_a_plain_parameter(ranks: Ranks):
+    """Two copies of all rows, as where a mesh shards over one rank."""
+    options = {"vector_precision": "log16", "allora": True, "context": True, "error_correction": True}
+    alone = sharded_runs.run(options, ALL, 5, ALONE)
+    for copy in ranks.run(sharded_runs.run, options, ALL, 5, SHARDED | {"copies": 2}):
+        assert same_bits(copy["params"], alone["params"])
+        for name, states in alone["states"].items():
+            assert same_bits(copy["states"][name], states)
+
+
+@pytest.mark.slow
+def test_two_copies_of_two_shards_step_as_one_process():
+    options, four = {"quantize_states": False, "allora": True, "max_grad_norm": 0.01}, Ranks(4)
+    try:
+        first, *others = four.run(sharded_runs.run, options, ALL, 5, SHARDED | {"copies": 2})
+    finally:
+        four.stop()
+    assert worst(first, sharded_runs.run(options, ALL, 5, ALONE), options) < SAME
+    for other in others:
+        assert same_bits(other["params"], first["params"])
+        assert same_bits(other["shared"], first["shared"])
 
 
 def test_states_lie_with_their_rows_in_the_form_of_one_process(ranks: Ranks):
@@ -106,7 +125,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_step_on_all(ranks: 
 
 @pytest.mark.parametrize("options", [{}, {"vector_precision": "log16", "context": True}], ids=str)
 def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(ranks: Ranks, options: dict, tmp_path):
-    straight, _ = ranks.run(sharded_runs.run, options, ALL, 9, True)
+    straight, _ = ranks.run(sharded_runs.run, options, ALL, 9, SHARDED)
     two = ranks.run(sharded_runs.save, str(tmp_path / "two"), options, range(3))[0]
     loaded = sharded_runs.load_and_train(str(tmp_path / "two"), options, range(0))
     assert same_bits(loaded["params"], two["params"])
@@ -166,7 +185,7 @@ def test_a_step_takes_a_few_reductions_for_all_parameters(ranks: Ranks, options:
 def test_shards_too_large_for_a_chunk_are_swept_in_pieces(ranks: Ranks):
     options = {"cautious": True, "vector_precision": "log16"}
     pieces, _ = ranks.run(sharded_runs.run_in_pieces, options)
-    assert worst(pieces, sharded_runs.run(options, ALL, 4, False), options) < CODED
+    assert worst(pieces, sharded_runs.run(options, ALL, 4, ALONE), options) < CODED
 
 
 REFUSALS = {

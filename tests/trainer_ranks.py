@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from tests.sharded_runs import whole
@@ -11,7 +12,6 @@ from tests.sharded_runs import whole
 
 def train(folder: str, kind: str, steps: int, resume_from: str | None, is_sharded: bool, **changes: Any) -> Any:
     """Trains a tiny LoRA on two ranks, or on one with both batches; returns weights, states, rates and losses."""
-    import torch.utils.data
     from accelerate import PartialState
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedType
@@ -22,16 +22,13 @@ def train(folder: str, kind: str, steps: int, resume_from: str | None, is_sharde
     size = dist.get_world_size() if dist.is_initialized() else 1
     on_cpu = not torch.cuda.is_available()
     fsdp: dict[str, Any] = {}
+    if dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # asked for, and not used: a group is there
     if is_sharded:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")  # asked for, and not used: the group is there
-        if on_cpu:
-            # accelerate shards on accelerators alone; to it, these ranks are some
-            PartialState(cpu=True).distributed_type = DistributedType.MULTI_XPU
         fsdp = {
-            "fsdp": "full_shard auto_wrap",
+            "fsdp": True,
             "fsdp_config": {
                 "version": 2,
                 "state_dict_type": kind,
@@ -52,6 +49,8 @@ def train(folder: str, kind: str, steps: int, resume_from: str | None, is_sharde
         **fsdp,
         **changes,
     )
+    if is_sharded and on_cpu:  # accelerate shards on accelerators alone; to it, these ranks are some
+        PartialState().distributed_type = DistributedType.MULTI_XPU
     trainer = AutomagicTrainer(model=tiny_adapter(), args=args, train_dataset=sentences(64))
     trainer.train(resume_from_checkpoint=resume_from)
     optimizer = inner(trainer)
@@ -65,3 +64,10 @@ def train(folder: str, kind: str, steps: int, resume_from: str | None, is_sharde
         "logged": [log["loss"] for log in training_logs(trainer)],
         "pairs": sorted(pair for group in optimizer.param_groups for pair in group.get("pairs", ())),
     }
+
+
+def start() -> dict[str, torch.Tensor]:
+    """Returns the weights that every run starts from."""
+    from tests.tiny_runs import tiny_adapter, weights
+
+    return weights(tiny_adapter())

@@ -147,7 +147,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         for loss in handed:
             if isinstance(loss, (Tensor, float)):
                 self.observe_loss(loss)
-        return self.loss_intake.take(shared_device(self.param_groups))
+        # torch's checkpoint loaders take a step at rate 0, without a loss, to have the states made
+        is_trial = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+        return self.loss_intake.take(shared_device(self.param_groups), may_lack=is_trial)
 
     def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
         """Looks at all gradients, steps all buckets, and prepares what the next step will use."""

@@ -72,17 +72,17 @@ class RankSums:
     """Adds up over the ranks that share parameters, many tensors in one all-reduce, the same bits on every rank."""
 
     def __init__(self, group: Any, size: int) -> None:
-        """Takes a process group and its size."""
+        """Takes a process group, None where nobody else has anything to add, and its size."""
         self.group, self.size = group, size
 
     @classmethod
     def among(cls, params: Iterable[Tensor], shards: Iterable[Shard | None]) -> "RankSums | None":
-        """Finds the ranks that share the parameters, None where nothing is shared.
+        """Finds the ranks that share the parameters, None where there are only plain tensors.
 
         Raises:
             ValueError: parameters are sharded over different ranks, so that they could not agree on one rate.
         """
-        groups: dict[tuple[int, ...], Any] = {}
+        shards, groups = list(shards), dict[tuple[int, ...], Any]()
         for param, shard in zip(params, shards, strict=True):
             if shard is not None and len(shard.ranks) > 1 and shard.ranks not in groups:
                 mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
@@ -93,12 +93,13 @@ class RankSums:
                 f"parameters are sharded over different ranks, {' and '.join(map(str, groups))}; one optimizer needs "
                 "one mesh: build one for each"
             )
-        return next((cls(group, len(ranks)) for ranks, group in groups.items()), None)
+        alone = cls(None, 1) if any(shard is not None for shard in shards) else None
+        return next((cls(group, len(ranks)) for ranks, group in groups.items()), alone)
 
     def add(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns the sum of each tensor over the ranks; every rank must bring the same shapes."""
-        if not tensors:
-            return []
+        if not tensors or self.group is None:
+            return list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         torch.distributed.all_reduce(flat, group=self.group)
         parts = flat.split([tensor.numel() for tensor in tensors])

@@ -34,7 +34,7 @@ def check_gradients(
         grads: gradients of one or several devices, not empty.
         positions: the parameters' stable numbers.
         max_grad_norm: largest total L2 norm, None for no clipping.
-        ranks: adds up over the ranks that hold the gradients' rows, None where nothing is sharded.
+        ranks: adds up over the ranks that hold the gradients' rows, None for plain tensors.
     """
     here = grads if ranks is None else [local(grad) for grad in grads]
     bad = ~_norms(here, float("inf")).isfinite()

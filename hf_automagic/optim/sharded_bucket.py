@@ -159,7 +159,7 @@ def step_together(
     Args:
         buckets: the same on every rank, in the same order.
         inputs: what the step hands to each.
-        ranks: adds up over the ranks, None where nothing is sharded.
+        ranks: adds up over the ranks, None for plain tensors.
 
     Returns:
         The pooled sums of each bucket.
