@@ -115,6 +115,7 @@ def report(model: Holder, optimizer: Automagic) -> dict[str, Any]:
         "states": {name: {key: whole(t) for key, t in optimizer.state[p].items()} for name, p in named},
         "shared": shared,
         "bytes": optimizer.memory_stats().total_bytes,
+        "blocks": [group.get("block_sizes") for group in optimizer.param_groups],
     }
 
 
@@ -155,48 +156,50 @@ def spoil_one_rank(options: Mapping[str, Any], spoiled: str) -> dict[str, Any]:
     return {"before": before, "after": report(model, optimizer), "events": optimizer.events()}
 
 
-def save(folder: str, options: Mapping[str, Any], steps: range, source: str = "") -> dict[str, Any]:
+def save(
+    folder: str, options: Mapping[str, Any], steps: range, kind: Mapping[str, Any], source: str = ""
+) -> dict[str, Any]:
     """Trains, from a checkpoint where there is one, saves with torch's distributed checkpoints, and reports."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-    model, optimizer = load(source, options) if source else build(options, ALL, is_sharded=dist.is_initialized())
+    model, optimizer = load(source, options, kind) if source else build(options, ALL, **kind)
     train(model, optimizer, steps)
     states = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
     return report(model, optimizer)
 
 
-def load(folder: str, options: Mapping[str, Any]) -> tuple[Holder, Automagic]:
+def load(folder: str, options: Mapping[str, Any], kind: Mapping[str, Any]) -> tuple[Holder, Automagic]:
     """Loads a distributed checkpoint into a new model and a new optimizer."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import state_dict as sd
 
-    model, optimizer = build(options, ALL, is_sharded=dist.is_initialized())
+    model, optimizer = build(options, ALL, **kind)
     states = {"model": sd.get_model_state_dict(model), "optimizer": sd.get_optimizer_state_dict(model, optimizer)}
     dcp.load(states, checkpoint_id=folder, no_dist=not dist.is_initialized())
     sd.set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
     return model, optimizer
 
 
-def load_and_train(folder: str, options: Mapping[str, Any], steps: range) -> dict[str, Any]:
+def load_and_train(folder: str, options: Mapping[str, Any], steps: range, kind: Mapping[str, Any]) -> dict[str, Any]:
     """Goes on from a distributed checkpoint and reports."""
-    model, optimizer = load(folder, options)
+    model, optimizer = load(folder, options, kind)
     train(model, optimizer, steps)
     return report(model, optimizer)
 
 
-def pass_through_one_file(options: Mapping[str, Any], file: str) -> dict[str, Any]:
+def pass_through_one_file(options: Mapping[str, Any], file: str, kind: Mapping[str, Any]) -> dict[str, Any]:
     """Saves whole states on the first rank and loads them from there on all, as accelerate's FULL_STATE_DICT does."""
     from torch.distributed.checkpoint import state_dict as sd
 
-    model, optimizer = build(options, ALL, is_sharded=True)
+    model, optimizer = build(options, ALL, **kind)
     train(model, optimizer, range(3))
     all_in_one = sd.StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True)
     saved = sd.get_optimizer_state_dict(model, optimizer, options=all_in_one)
     if dist.get_rank() == 0:
         torch.save(saved, file)
-    fresh, resumed = build(options, ALL, is_sharded=True)
+    fresh, resumed = build(options, ALL, **kind)
     with torch.no_grad():
         for (_, p), (_, trained) in zip(fresh.named(), model.named(), strict=True):
             p.copy_(trained)
@@ -298,10 +301,7 @@ def refusal(kind: str) -> str:
     """Returns what is said where a parameter cannot be stepped as it lies."""
     from torch.distributed.tensor import Shard
 
-    options = {
-        "axis": {"spatial_axes": (0,), "edge_suppression": True},
-        "blocks": {"adaptive_block_size": True},
-    }.get(kind, {})
+    options = {"spatial_axes": (0,), "edge_suppression": True} if kind == "axis" else {}
     model = Holder({"p": (6, 4)}, torch.float32, "cpu")
     if kind == "fsdp1":
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -330,3 +330,20 @@ def ranks_of_pairs() -> tuple[bool, int]:
         return True, 2  # takes no part: nothing may wait for it
     pairs = {pair for group in optimizer.param_groups for pair in group["pairs"]}
     return OptimizerSnapshot.take(optimizer).effective_rank is None, len(pairs)
+
+
+def step_without_questions(options: Mapping[str, Any]) -> bool:
+    """Takes steps on GPUs in which nothing may wait for the device."""
+    model, optimizer = build(options, ALL, is_sharded=True, device="cuda")
+    loss = torch.ones((), device="cuda")
+    for step in range(2):
+        set_grads(model, step)
+        optimizer.step(loss=loss)
+    set_grads(model, 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step(loss=loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return True

@@ -1,10 +1,14 @@
 """FSDP2: parameters cut by rows over two processes are stepped, saved and loaded as in one."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard
 
+from hf_automagic.optim.distributed import find_shard
 from tests import sharded_runs
 from tests.ranks import Ranks
 from tests.sharded_runs import ALL, ALONE, SHAPES, SHARDED
@@ -40,6 +44,7 @@ OPTIONS = [
     ({}, CODED),
     ({"vector_precision": "log16"}, CODED),
     ({"error_correction": True, "momentum_scales": (1, 5)}, CODED),
+    ({"adaptive_block_size": True, "block_error_target": 0.006, "sync_frequency": 3}, CODED),
     ({"quantize_states": False, "lr_granularity": "element", "sync_frequency": 5}, SAME),
     ({"quantize_states": False, "context": True, "cautious": True, "max_grad_norm": 0.01}, SAME),
     ({"quantize_states": False, "weight_decay": 0.1, "weight_decay_mode": "selective", "lr_pool": "group"}, SAME),
@@ -58,7 +63,7 @@ def test_two_ranks_step_as_one_process(ranks: Ranks, options: dict, tolerance: f
     first, second = ranks.run(sharded_runs.run, options, ALL, 8, SHARDED)
     assert worst(first, alone, options) < tolerance
     assert same_bits(first["shared"], second["shared"])  # rates, counters, events, context
-    assert first["bytes"] == alone["bytes"]
+    assert (first["bytes"], first["blocks"]) == (alone["bytes"], alone["blocks"])
     for name, states in alone["states"].items():
         assert same_bits(first["states"][name], second["states"][name])
         assert {k: (t.shape, t.dtype) for k, t in first["states"][name].items()} == {
@@ -123,30 +128,40 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_step_on_all(ranks: 
         assert spoiled in told["events"][-1].action
 
 
-@pytest.mark.parametrize("options", [{}, {"vector_precision": "log16", "context": True}], ids=str)
-def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(ranks: Ranks, options: dict, tmp_path):
-    straight, _ = ranks.run(sharded_runs.run, options, ALL, 9, SHARDED)
-    two = ranks.run(sharded_runs.save, str(tmp_path / "two"), options, range(3))[0]
-    loaded = sharded_runs.load_and_train(str(tmp_path / "two"), options, range(0))
-    assert same_bits(loaded["params"], two["params"])
-    assert same_bits(loaded["shared"], two["shared"])
-    for name, states in two["states"].items():
+def goes_from_two_to_one_and_back(ranks: Ranks, options: dict, folder: Path, kind: dict) -> None:
+    alone, shared, two, one = ALONE | kind, SHARDED | kind, str(folder / "two"), str(folder / "one")
+    straight, _ = ranks.run(sharded_runs.run, options, ALL, 9, shared)
+    saved = ranks.run(sharded_runs.save, two, options, range(3), shared)[0]
+    loaded = sharded_runs.load_and_train(two, options, range(0), alone)
+    assert same_bits(loaded["params"], saved["params"])
+    assert same_bits(loaded["shared"], saved["shared"])
+    for name, states in saved["states"].items():
         assert same_bits(loaded["states"][name], states)
-    one = sharded_runs.save(str(tmp_path / "one"), options, range(3, 6), source=str(tmp_path / "two"))
-    back, _ = ranks.run(sharded_runs.load_and_train, str(tmp_path / "one"), options, range(0))
-    for name, states in one["states"].items():
+    saved = sharded_runs.save(one, options, range(3, 6), alone, two)
+    back, _ = ranks.run(sharded_runs.load_and_train, one, options, range(0), shared)
+    assert same_bits(back["shared"], saved["shared"])
+    for name, states in saved["states"].items():
         assert same_bits(back["states"][name], states)
-    end, _ = ranks.run(sharded_runs.load_and_train, str(tmp_path / "one"), options, range(6, 9))
+    end, _ = ranks.run(sharded_runs.load_and_train, one, options, range(6, 9), shared)
     assert worst(end, straight, options) < CODED
 
 
-def test_whole_states_in_one_file_resume_to_the_bit(ranks: Ranks, tmp_path):
-    file = str(tmp_path / "optimizer.pt")
-    told, _ = ranks.run(sharded_runs.pass_through_one_file, {"context": True, "vector_precision": "log16"}, file)
+@pytest.mark.parametrize("options", [{}, {"vector_precision": "log16", "context": True}], ids=str)
+def test_a_checkpoint_goes_from_two_ranks_to_one_and_back(ranks: Ranks, options: dict, tmp_path: Path):
+    goes_from_two_to_one_and_back(ranks, options, tmp_path, {})
+
+
+def passes_through_one_file(ranks: Ranks, folder: Path, kind: dict) -> None:
+    options, file = {"context": True, "vector_precision": "log16"}, str(folder / "optimizer.pt")
+    told, _ = ranks.run(sharded_runs.pass_through_one_file, options, file, SHARDED | kind)
     assert same_bits(told["resumed"]["params"], told["whole"]["params"])
     assert same_bits(told["resumed"]["shared"], told["whole"]["shared"])
     for name, states in told["whole"]["states"].items():
         assert same_bits(told["resumed"]["states"][name], states)
+
+
+def test_whole_states_in_one_file_resume_to_the_bit(ranks: Ranks, tmp_path: Path):
+    passes_through_one_file(ranks, tmp_path, {})
 
 
 def test_a_plain_checkpoint_loads_into_shards_and_is_stored_in_other_ways(ranks: Ranks):
@@ -189,8 +204,7 @@ def test_shards_too_large_for_a_chunk_are_swept_in_pieces(ranks: Ranks):
 
 
 REFUSALS = {
-    "axis": "spatial_axes (0,) of a parameter of shape (6, 4) sharded over 2 ranks name axis 0",
-    "blocks": "adaptive_block_size measures whole matrices",
+    "axis": "spatial_axes (0,) name axis 0, along which a parameter of shape (6, 4) is cut over 2 ranks",
     "columns": "sharded by its first axis alone; use fully_shard without tensor parallelism",
     "fsdp1": "is a flat piece of FSDP1, which has no rows to factor or to quantise; use FSDP2",
 }
@@ -200,6 +214,13 @@ REFUSALS = {
 def test_what_cannot_be_stepped_as_it_lies_is_refused_before_the_first_step(ranks: Ranks, kind: str):
     for sentence in ranks.run(sharded_runs.refusal, kind):
         assert REFUSALS[kind] in sentence
+
+
+def test_a_parameter_that_is_offloaded_is_refused_before_the_first_step():
+    mesh = SimpleNamespace(size=lambda axis: 2, device_type="cuda")
+    param = SimpleNamespace(placements=(Shard(0),), device_mesh=mesh, device=torch.device("cpu"), shape=(4, 2), ndim=2)
+    with pytest.raises(ValueError, match=r"p lies on cpu and its mesh on cuda.*without CPUOffloadPolicy"):
+        find_shard(param, "p")
 
 
 def test_a_rank_that_logs_alone_waits_for_nobody(ranks: Ranks):
@@ -214,3 +235,43 @@ def test_flat_pieces_of_deepspeed_are_refused_with_the_remedy():
         group["params"] = [flat]
     with pytest.raises(ValueError, match="DeepSpeed ZeRO replaces parameters by flat pieces"):
         optimizer.step()
+
+
+# the same on two GPUs, by NCCL
+
+
+@pytest.fixture(scope="module")
+def gpus() -> Iterator[Ranks]:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    two = Ranks(2, "cpu:gloo,cuda:nccl")
+    yield two
+    two.stop()
+
+
+ON_GPUS = {"device": "cuda"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("options", "tolerance"), OPTIONS, ids=[str(options) for options, _ in OPTIONS])
+def test_two_gpus_step_as_one(gpus: Ranks, options: dict, tolerance: float):
+    alone = sharded_runs.run(options, ALL, 8, ALONE | ON_GPUS)
+    first, second = gpus.run(sharded_runs.run, options, ALL, 8, SHARDED | ON_GPUS)
+    assert worst(first, alone, options) < max(tolerance, 1e-4)  # products of matrices add up in another order, too
+    assert same_bits(first["shared"], second["shared"])
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_goes_from_two_gpus_to_one_and_back(gpus: Ranks, tmp_path: Path):
+    goes_from_two_to_one_and_back(gpus, {"vector_precision": "log16", "context": True}, tmp_path, ON_GPUS)
+
+
+@pytest.mark.gpu
+def test_whole_states_in_one_file_resume_to_the_bit_on_gpus(gpus: Ranks, tmp_path: Path):
+    passes_through_one_file(gpus, tmp_path, ON_GPUS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"context": True, "max_grad_norm": 1.0, "allora": True}], ids=str)
+def test_a_step_of_shards_asks_the_device_nothing(gpus: Ranks, options: dict):
+    assert gpus.run(sharded_runs.step_without_questions, options) == [True, True]

@@ -186,6 +186,6 @@ def _errors(state: dict[str, Tensor], stored: tuple[StoredState, ...], layout: L
     for momentum in stored:
         if momentum.codec is not None and momentum.spec.shape == "matrix":
             fields = momentum.fields(layout.rows, layout.cols)
-            rows = {name: state[name].reshape(shape)[None, ::every] for name, (shape, _) in fields.items()}
+            rows = {name: whole(state[name]).reshape(shape)[None, ::every] for name, (shape, _) in fields.items()}
             errors.append(errors_by_block(momentum.codec, momentum.own(rows), sizes))
     return torch.stack(errors).amax(0)

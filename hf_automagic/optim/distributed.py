@@ -36,11 +36,16 @@ def find_shard(param: Tensor, name: str) -> Shard | None:
     """Returns which rows of a DTensor lie here, None for a plain tensor.
 
     Raises:
-        ValueError: it is sharded otherwise than by its first axis, as by tensor parallelism.
+        ValueError: it is sharded otherwise than by its first axis, as by tensor parallelism, or is offloaded.
     """
     placements, mesh = getattr(param, "placements", None), getattr(param, "device_mesh", None)
     if placements is None or mesh is None:
         return None
+    if param.device.type != mesh.device_type:  # torch would copy the states to the mesh's device
+        raise ValueError(
+            f"{name} lies on {param.device.type} and its mesh on {mesh.device_type}; Automagic steps parameters where "
+            "they compute: use fully_shard without CPUOffloadPolicy"
+        )
     rows = param.shape[0] if param.ndim else 1
     axes = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
     if not axes:
@@ -144,7 +149,7 @@ def refuse_flat_shards(groups: Sequence[Mapping[str, Any]]) -> None:
     for group in groups:
         lengths = {name: len(group[name]) for name in PER_PARAMETER_TELLS if group.get(name)}
         for name, length in lengths.items():
-            if length != len(group["params"]):
+            if length != len(group["params"]) and all(p.ndim == 1 for p in group["params"]):
                 raise ValueError(
                     f"a param group lists {length} {name} and holds {len(group['params'])} tensors: DeepSpeed ZeRO "
                     "replaces parameters by flat pieces, which have no rows to factor or to quantise; use FSDP2 or "

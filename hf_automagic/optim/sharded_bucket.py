@@ -32,7 +32,7 @@ class ShardedBucket(Bucket):
             *bucket: what `Bucket` takes.
 
         Raises:
-            ValueError: an option needs all rows of a matrix at once, or would decide differently on each rank.
+            ValueError: an option needs all rows of a matrix at once.
         """
         super().__init__(*bucket)
         self.first_row, self.held_rows = shard.first_row, shard.rows
@@ -40,15 +40,11 @@ class ShardedBucket(Bucket):
         self.is_spread = self.ranks is not None
         if not self.is_spread:
             return
-        shape = f"{tuple(self.layout.shape)} sharded over {len(shard.ranks)} ranks"
         if any(transform.needs_whole_matrix for transform in self.chain):
             raise ValueError(
-                f"spatial_axes {self.config.spatial_axes} of a parameter of shape {shape} name axis 0, along which it "
-                "is cut; leave axis 0 out, or keep the parameter whole with fully_shard(..., ignored_params=...)"
-            )
-        if self.config.adaptive_block_size:
-            raise ValueError(
-                f"adaptive_block_size measures whole matrices, and a parameter has shape {shape}; choose a block_size"
+                f"spatial_axes {self.config.spatial_axes} name axis 0, along which a parameter of shape "
+                f"{tuple(self.layout.shape)} is cut over {len(shard.ranks)} ranks; leave axis 0 out, or keep the "
+                "parameter whole with fully_shard(..., ignored_params=...)"
             )
 
     def sweep(self, inputs: StepInputs) -> Generator[Sums, Sums, Sums]:
