@@ -22,11 +22,13 @@ class Shard:
     """The rows of a parameter that this rank holds.
 
     Args:
-        ranks: who shares the parameter's rows, this rank among them; one where nobody else has any.
+        axis: of the mesh along which the rows are cut, None where all of them are here.
+        ranks: who shares the parameter's rows, this rank among them.
         first_row: where the rows begin.
         rows: how many there are, 0 on the last ranks of a small parameter.
     """
 
+    axis: int | None
     ranks: tuple[int, ...]
     first_row: int
     rows: int
@@ -47,9 +49,9 @@ def find_shard(param: Tensor, name: str) -> Shard | None:
             "they compute: use fully_shard without CPUOffloadPolicy"
         )
     rows = param.shape[0] if param.ndim else 1
-    axes = [i for i, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(i) > 1]
+    axes = _cut_axes(param)
     if not axes:
-        return Shard((mesh.get_rank(),), 0, rows)
+        return Shard(None, (mesh.get_rank(),), 0, rows)
     if len(axes) > 1 or not placements[axes[0]].is_shard(0):
         raise ValueError(
             f"{name} is distributed as {placements}, and Automagic steps what is sharded by its first axis alone; use "
@@ -58,7 +60,13 @@ def find_shard(param: Tensor, name: str) -> Shard | None:
     height = -(-rows // mesh.size(axes[0]))  # as torch.chunk cuts: the last ranks may get fewer rows, or none
     first = min(rows, height * mesh.get_local_rank(axes[0]))
     ranks = torch.distributed.get_process_group_ranks(mesh.get_group(axes[0]))
-    return Shard(tuple(ranks), first, min(rows, first + height) - first)
+    return Shard(axes[0], tuple(ranks), first, min(rows, first + height) - first)
+
+
+def _cut_axes(tensor: Tensor) -> list[int]:
+    """Lists the axes of a tensor's mesh on which its ranks hold different things, none of a plain tensor's."""
+    mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
+    return [i for i, p in enumerate(placements) if mesh is not None and mesh.size(i) > 1 and not p.is_replicate()]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -89,10 +97,8 @@ class RankSums:
         """
         shards, groups = list(shards), dict[tuple[int, ...], Any]()
         for param, shard in zip(params, shards, strict=True):
-            if shard is not None and len(shard.ranks) > 1 and shard.ranks not in groups:
-                mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-                axis = next(i for i, placement in enumerate(placements) if placement.is_shard() and mesh.size(i) > 1)
-                groups[shard.ranks] = mesh.get_group(axis)
+            if shard is not None and shard.axis is not None:
+                groups.setdefault(shard.ranks, param.device_mesh.get_group(shard.axis))  # type: ignore[attr-defined]
         if len(groups) > 1:
             raise ValueError(
                 f"parameters are sharded over different ranks, {' and '.join(map(str, groups))}; one optimizer needs "
@@ -123,21 +129,16 @@ class RankSums:
         """
         if norms is None:
             return self.add([bad.to(torch.float32)])[0] > 0, None
-        share = norms * _shares(tuple(map(_is_spread, grads)), self.size, norms.device)
+        are_cut = tuple(bool(_cut_axes(grad)) for grad in grads)
+        share = norms * _shares(are_cut, self.size, norms.device)
         marks, squares = self.add([bad.to(torch.float32), share.square()])
         return marks > 0, squares.sqrt()
 
 
-def _is_spread(tensor: Tensor) -> bool:
-    mesh = getattr(tensor, "device_mesh", None)
-    placements = getattr(tensor, "placements", ())
-    return mesh is not None and any(p.is_shard() and mesh.size(i) > 1 for i, p in enumerate(placements))
-
-
 @functools.lru_cache(maxsize=16)
-def _shares(are_spread: tuple[bool, ...], size: int, device: torch.device) -> Tensor:
+def _shares(are_cut: tuple[bool, ...], size: int, device: torch.device) -> Tensor:
     """Says how much of each norm counts on a rank, so that what all ranks hold counts once; kept on the device."""
-    return torch.tensor([1.0 if is_spread else size**-0.5 for is_spread in are_spread], device=device)
+    return torch.tensor([1.0 if is_cut else size**-0.5 for is_cut in are_cut], device=device)
 
 
 def refuse_flat_shards(groups: Sequence[Mapping[str, Any]]) -> None:

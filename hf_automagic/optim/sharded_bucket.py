@@ -21,6 +21,7 @@ class ShardedBucket(Bucket):
     States with rows are DTensors placed like the parameter, so that torch's distributed checkpoints cut and join them
     for any number of ranks. All other states are plain tensors, equal on every rank, since they follow from sums over
     all ranks. How a state is stored and which random numbers round it depend on its place in the whole matrix alone.
+    What differs from one process is the order in which sums over rows are added: about 1e-7 of a step.
     """
 
     def __init__(self, shard: Shard, ranks: RankSums | None, *bucket: Any) -> None:
@@ -36,7 +37,7 @@ class ShardedBucket(Bucket):
         """
         super().__init__(*bucket)
         self.first_row, self.held_rows = shard.first_row, shard.rows
-        self.ranks = ranks if len(shard.ranks) > 1 else None
+        self.ranks = None if shard.axis is None else ranks
         self.is_spread = self.ranks is not None
         if not self.is_spread:
             return
