@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributed.tensor import Shard
 
-from hf_automagic.optim.distributed import find_shard
+from hf_automagic.optim import distributed
 from tests import sharded_runs
 from tests.ranks import Ranks
 from tests.sharded_runs import ALL, ALONE, SHAPES, SHARDED
@@ -220,7 +220,20 @@ def test_a_parameter_that_is_offloaded_is_refused_before_the_first_step():
     mesh = SimpleNamespace(size=lambda axis: 2, device_type="cuda")
     param = SimpleNamespace(placements=(Shard(0),), device_mesh=mesh, device=torch.device("cpu"), shape=(4, 2), ndim=2)
     with pytest.raises(ValueError, match=r"p lies on cpu and its mesh on cuda.*without CPUOffloadPolicy"):
-        find_shard(param, "p")
+        distributed.find_shard(param, "p")
+
+
+def test_parameters_sharded_over_different_ranks_are_refused():
+    meshes = [SimpleNamespace(get_group=lambda axis: None) for _ in range(2)]
+    params, shards = [SimpleNamespace(device_mesh=mesh) for mesh in meshes], [held(0, 0, (0, 1)), held(0, 2, (0, 2))]
+    with pytest.raises(
+        ValueError, match=r"over different ranks, \(0, 1\) and \(0, 2\); .* build one for each"
+    ):
+        distributed.RankSums.among(params, shards)
+
+
+def held(axis: int, first_row: int, ranks: tuple[int, ...]) -> distributed.Shard:
+    return distributed.Shard(axis, ranks, first_row, 2)
 
 
 def test_a_rank_that_logs_alone_waits_for_nobody(ranks: Ranks):
