@@ -226,9 +226,7 @@ def test_a_parameter_that_is_offloaded_is_refused_before_the_first_step():
 def test_parameters_sharded_over_different_ranks_are_refused():
     meshes = [SimpleNamespace(get_group=lambda axis: None) for _ in range(2)]
     params, shards = [SimpleNamespace(device_mesh=mesh) for mesh in meshes], [held(0, 0, (0, 1)), held(0, 2, (0, 2))]
-    with pytest.raises(
-        ValueError, match=r"over different ranks, \(0, 1\) and \(0, 2\); .* build one for each"
-    ):
+    with pytest.raises(ValueError, match=r"over different ranks, \(0, 1\) and \(0, 2\); .* build one for each"):
         distributed.RankSums.among(params, shards)
 
 
