@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_automagic.optim.bucket import carry_out
+from hf_automagic.optim.sweep import carry_out
 from hf_automagic.transforms.lora import effective_rank, product_spectrum, shrink_spectrum, stable_rank
 from tests.reference import lora as slow
 from tests.stage_cases import (

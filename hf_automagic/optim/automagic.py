@@ -151,7 +151,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         for loss in handed:
             if isinstance(loss, (Tensor, float)):
                 self.observe_loss(loss)
-        return self.loss_intake.take(shared_device(self.param_groups))
+        # torch's checkpoint loaders take a step at rate 0, without a loss, to have the states made
+        is_trial = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+        return self.loss_intake.take(shared_device(self.param_groups), may_lack=is_trial)
 
     def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
         """Takes a step, or what an interrupted call left of it."""
@@ -162,7 +164,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                 opened.plan = self._live_plan()
                 self._set_rates()
                 opened.gains = opened.plan.pairs.row_gains()
-                opened.check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
+                positions = [i for i, _ in params]
+                opened.check = check_gradients(grads, positions, self.config.max_grad_norm, opened.plan.ranks)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
         except (NotImplementedError, RuntimeError):
             refuse_sparse([p for _, p in params], self.param_groups)  # torch's own words name neither whose nor why
@@ -176,8 +179,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         if opened is None or (opened.belongs_to(grads) and opened.fits(self._current_plan())):
             return opened
         logger.warning(
-            "a step was interrupted, and its gradients or options are gone: %d of the %d stacks of parameters that it "
-            "had begun have taken it, the rest has not",
+            "a step was interrupted, and %s: %d of the %d stacks of parameters that it had begun have taken it, the "
+            "rest has not",
+            "parameters are sharded" if opened.is_spread() else "its gradients or options are gone",
             *opened.begun(),
         )
         return None
@@ -237,7 +241,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     @torch.no_grad()
     def pair_ranks(self) -> PairRanks | None:
-        """Returns how many directions each LoRA product B A uses, None without pairs; decomposes r x r matrices."""
+        """Returns how many directions each LoRA product B A uses; decomposes r x r matrices.
+
+        None without pairs, and where they are sharded.
+        """
         return self._current_plan().pairs.ranks()
 
     def memory_stats(self) -> MemoryStats:

@@ -1,7 +1,7 @@
 """Buckets: same-shaped parameters stepped together, gather -> decode -> chain -> encode -> scatter."""
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,30 +11,11 @@ from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, ro
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
 from .storage import STEP, Layout, StoredState, store_states
-from .sweep import Sweep
-
-Writes = list[tuple[Tensor, Tensor]]  # (where, what): computed in full before the first is carried out
+from .sweep import StepInputs, Sweep, Writes, added, carry_out
 
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
 # the # last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
-
-
-@dataclasses.dataclass(frozen=True)
-class StepInputs:
-    """What a step hands to every bucket of a device.
-
-    Args:
-        lr: the group's rate really applied  # [], float32
-        finite: whether the step may change anything  # [], bool
-        clip: factor for the gradients, None for none  # []
-        row_gain: ALLoRA's gains of the bucket's parameters, None without pairs  # [n, rows] or [n, 1]
-    """
-
-    lr: Tensor
-    finite: Tensor
-    clip: Tensor | None
-    row_gain: Tensor | None = None
 
 
 class Bucket:
@@ -43,6 +24,8 @@ class Bucket:
     `optimizer.state[p]` is the truth; its tensors are views into the stacks. `adopt` takes over entries that somebody
     else put there.
     """
+
+    is_spread = False  # whether other ranks hold rows of these parameters
 
     def __init__(
         self,
@@ -66,8 +49,10 @@ class Bucket:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.work_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.chain, self.stored = store_states(config, self.layout, codecs, is_full_weight)
+        self.along_rows = {stored.spec.name for stored in self.stored if stored.spec.shape == "rows"}
         self.stacks: dict[str, Tensor] = {}
         self.views: list[dict[str, Tensor]] = []
+        self.first_row, self.held_rows = 0, self.layout.rows  # which rows of each matrix are here
         self.keys = torch.tensor(self.positions, dtype=torch.int64, device=self.device)
 
     def adopt(self, states: Sequence[dict[str, Tensor]]) -> int:
@@ -82,46 +67,61 @@ class Bucket:
         if not self.stacks:
             self._allocate()
         converted = 0
-        for state, views in zip(states, self.views, strict=True):
+        for i, (state, views) in enumerate(zip(states, self.views, strict=True)):
             if all(state.get(name) is view for name, view in views.items()):
                 continue
             converted += convert_entry(state, self.stored, self.layout)
             for name, view in views.items():
                 if name in state:
-                    view.copy_(torch.as_tensor(state[name]).view_as(view))
+                    self._load(i, name, torch.as_tensor(state[name]))
                 state[name] = view
         return converted
 
+    def _load(self, index: int, name: str, value: Tensor) -> None:
+        """Takes over a field of one parameter's states."""
+        view = self.views[index][name]
+        view.copy_(value.view_as(view))
+
     def _allocate(self) -> None:
-        n, (rows, cols) = len(self.params), (self.layout.rows, self.layout.cols)
+        n, rows, cols = len(self.params), self.held_rows, self.layout.cols
         stacks: dict[str, Tensor] = {}
         for stored in self.stored:
             for name, (shape, dtype) in stored.fields(rows, cols).items():
                 initial = stored.spec.initial if stored.codec is None else 0
                 stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
-        views = []
-        for i in range(n):
-            one = {name: stack[i] for name, stack in stacks.items()}
-            whole = {name: t.view(self.layout.shape) for name, t in one.items() if t.shape == (rows, cols)}
-            views.append(one | whole)
+        views = [
+            {
+                name: self._shown(stored, i, name, stacks[name][i])
+                for stored in self.stored
+                for name in self._names(stored)
+            }
+            for i in range(n)
+        ]
         self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none
 
-    def step(self, inputs: StepInputs, sweeps: list[Sweep]) -> dict[str, Tensor]:
-        """Steps the parameters that have a gradient; returns the pooled sums  # each []
+    def _shown(self, stored: StoredState, index: int, name: str, held: Tensor) -> Tensor:
+        """Returns a field of a parameter as `optimizer.state[p]` has it: a view of what the stack holds."""
+        return held.view(self.layout.seen(tuple(held.shape)))
+
+    def step(self, inputs: StepInputs, sweeps: list[Sweep]) -> tuple[dict[str, Tensor], Tensor]:
+        """Steps the parameters that have a gradient.
 
         Args:
             inputs: the same as before where the step is an interrupted one.
             sweeps: how far each chunk has come, kept up to date; empty where the step begins.
+
+        Returns:
+            The pooled sums, and the sum of the squared changes of the weights  # each []
         """
         chunks = [chunk for run in self._runs() for chunk in self._chunks(*run)]
-        sweeps += [Sweep(None if len(rows) == 1 else []) for _, _, rows in chunks[len(sweeps) :]]
-        for (first, last, rows), sweep in zip(chunks, sweeps, strict=True):
+        sweeps += [Sweep(None if len(pieces) == 1 else []) for _, _, pieces in chunks[len(sweeps) :]]
+        for (first, last, pieces), sweep in zip(chunks, sweeps, strict=True):
             if not sweep.is_over:
-                self._step_chunk(slice(first, last), rows, inputs, sweep)
-        pool: dict[str, Tensor] = {}
-        for sweep in sweeps:
-            pool = _added(pool, sweep.pool)
-        return pool
+                self._step_chunk(slice(first, last), pieces, inputs, sweep)
+        return functools.reduce(added, [sweep.pool for sweep in sweeps], {}), self._squares(sweeps)
+
+    def _squares(self, sweeps: Sequence[Sweep]) -> Tensor:
+        return sum((s.squares for s in sweeps), torch.zeros((), dtype=self.work_dtype, device=self.device))
 
     def numel_with_grad(self) -> int:
         """Counts the elements that take part in this step."""
@@ -144,47 +144,62 @@ class Bucket:
         """Yields chunks of a run, and for a matrix above the limit the row slices to sweep it in."""
         row_bytes = 4 * self.layout.cols
         limit = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        count = limit // (row_bytes * self.layout.rows)
+        count = limit // (row_bytes * max(1, self.held_rows))
         if not count and any(transform.needs_whole_matrix for transform in self.chain):
             count = 1
         if count:
             for first in range(start, stop, count):
-                yield first, min(first + count, stop), [slice(0, self.layout.rows)]
+                yield first, min(first + count, stop), [slice(0, self.held_rows)]
             return
         height = max(1, limit // row_bytes)
-        rows = [slice(r, min(r + height, self.layout.rows)) for r in range(0, self.layout.rows, height)]
+        rows = [slice(r, min(r + height, self.held_rows)) for r in range(0, self.held_rows, height)]
         for first in range(start, stop):
             yield first, first + 1, rows
 
     def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs, sweep: Sweep) -> None:
         step = self.stacks["step"][chunk] + inputs.finite
-        while True:
-            sums: dict[str, Tensor] = {}
-            for rows in pieces[sweep.written :]:
-                context = self._gather(chunk, rows, step, inputs)
-                result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, sweep.totals)
-                if isinstance(result, Measured):
-                    sums = _added(sums, result.matrix)
-                    continue
-                pool = _added(sweep.pool, result.pool)
-                whole = {s.spec.name: result.state[s.spec.name] for s in self.stored if s.needs_whole_matrix}
-                carry_out(
-                    self._new_weights(chunk, rows, context, result, inputs)
-                    + self._new_states(
-                        chunk, rows, {n: v for n, v in result.state.items() if n not in whole}, step, inputs
-                    )
-                )
-                sweep.pool, sweep.written = pool, sweep.written + 1
-                for name, value in whole.items():
-                    sweep.whole.setdefault(name, []).append(value)
-            if not sums:
-                break
+        while sums := self._sweep(chunk, pieces, step, inputs, sweep):
             assert sweep.totals is not None
             sweep.totals.append(sums)
-        by_rows = {stored.spec.name for stored in self.stored if stored.spec.shape == "rows"}
-        whole = {name: torch.cat(v, 1) if name in by_rows else v[-1] for name, v in sweep.whole.items()}
-        states = self._new_states(chunk, slice(0, self.layout.rows), whole, step, inputs)
-        carry_out([*states, (self.stacks["step"][chunk], step)])
+        self._finish(chunk, sweep.joined(self.along_rows), step, inputs, sweep)
+
+    def _sweep(
+        self, chunk: slice, pieces: list[slice], step: Tensor, inputs: StepInputs, sweep: Sweep
+    ) -> dict[str, Tensor]:
+        """Runs the chain on one piece of rows after another, as far as the totals reach.
+
+        Returns:
+            Sums that a further sweep waits for, empty once the pieces are written  # each [n, ...]
+        """
+        sums: dict[str, Tensor] = {}
+        for rows in pieces[sweep.written :]:
+            context = self._gather(chunk, rows, step, inputs)
+            result = run_chain(self.chain, context.grad, self._decode(chunk, rows), context, sweep.totals)
+            if isinstance(result, Measured):
+                sums = added(sums, result.matrix)
+                continue
+            pool = added(sweep.pool, result.pool)
+            squares = sweep.squares + torch.linalg.vector_norm(result.update).square()
+            writes = self._new_weights(chunk, rows, context, result, inputs)
+            for stored in self.stored:
+                if not stored.needs_whole_matrix:
+                    writes += self._new_state(stored, chunk, rows, result.state[stored.spec.name], step, inputs)
+            carry_out(writes)
+            sweep.pool, sweep.squares, sweep.written = pool, squares, sweep.written + 1
+            for stored in self.stored:
+                if stored.needs_whole_matrix:
+                    sweep.whole.setdefault(stored.spec.name, []).append(result.state[stored.spec.name])
+        return sums
+
+    def _finish(
+        self, chunk: slice, whole: Mapping[str, Tensor], step: Tensor, inputs: StepInputs, sweep: Sweep
+    ) -> None:
+        """Writes the states that take whole matrices to encode, and counts the step."""
+        writes = [(self.stacks["step"][chunk], step)]
+        for stored in self.stored:
+            if stored.spec.name in whole:
+                writes += self._new_whole_state(stored, chunk, whole[stored.spec.name], step, inputs)
+        carry_out(writes)
         sweep.is_over = True
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:
@@ -195,9 +210,14 @@ class Bucket:
             grad = grad * inputs.clip
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
         if gain is not None and gain.shape[1] > 1:
-            gain = gain[:, rows]
+            gain = gain[:, self._in_matrix(rows)]
         param, layout = self._stack(params, rows), self.layout
-        return StepContext(grad, param, step, inputs.lr, layout.rows, layout.cols, rows.start, gain)
+        first = self._in_matrix(rows).start
+        return StepContext(grad, param, step, inputs.lr, layout.rows, layout.cols, first, gain)
+
+    def _in_matrix(self, rows: slice) -> slice:
+        """Counts rows that are here as rows of the whole matrix."""
+        return slice(self.first_row + rows.start, self.first_row + rows.stop)
 
     def _stack(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
         if self.layout.shape:
@@ -211,23 +231,30 @@ class Bucket:
             decoded[stored.spec.name] = stored.decode(fields, self.work_dtype)
         return decoded
 
-    def _new_states(
-        self, chunk: slice, rows: slice, values: Mapping[str, Tensor], step: Tensor, inputs: StepInputs
+    def _new_whole_state(
+        self, stored: StoredState, chunk: slice, value: Tensor, step: Tensor, inputs: StepInputs
     ) -> Writes:
-        """Encodes new states of these rows, the old ones where the step is skipped."""
-        writes = []
-        for stored in self.stored:
-            if stored.spec is STEP or stored.spec.name not in values:
-                continue
-            parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
+        return self._new_state(stored, chunk, slice(0, self.held_rows), value, step, inputs)
 
-            def draw(numel: int, number: int = stored.number) -> Tensor:
-                keys = step_keys(self.config.seed, self.keys[chunk], step)
-                return random_bits(keys_for(keys, number), 0, numel)
+    def _new_state(
+        self, stored: StoredState, chunk: slice, rows: slice, value: Tensor, step: Tensor, inputs: StepInputs
+    ) -> Writes:
+        """Encodes one new state of these rows, the old one where the step is skipped."""
+        if stored.spec is STEP:
+            return []
+        parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
+        first = self._in_matrix(rows).start * self.layout.cols if stored.spec.shape == "matrix" else 0
+        encoded = stored.encode(value, EncodeContext(parts, step, self._draw(stored, chunk, step, first)))
+        return [(parts[name], torch.where(inputs.finite, new, parts[name])) for name, new in encoded.items()]
 
-            encoded = stored.encode(values[stored.spec.name], EncodeContext(parts, step, draw))
-            writes += [(parts[name], torch.where(inputs.finite, new, parts[name])) for name, new in encoded.items()]
-        return writes
+    def _draw(self, stored: StoredState, chunk: slice, step: Tensor, first: int) -> Callable[[int], Tensor]:
+        """Returns what draws random numbers for a state, from an element's place in the whole matrix on."""
+
+        def draw(numel: int) -> Tensor:
+            keys = step_keys(self.config.seed, self.keys[chunk], step)
+            return random_bits(keys_for(keys, stored.number), first, numel)
+
+        return draw
 
     def _names(self, stored: StoredState) -> list[str]:
         return list(stored.fields(self.layout.rows, self.layout.cols))
@@ -245,12 +272,12 @@ class Bucket:
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
         """Stacks some of the bucket's parameters as they are now: [k, rows, cols], float32."""
-        return self._stack([self.params[i] for i in indices], slice(0, self.layout.rows))
+        return self._stack([self.params[i] for i in indices], slice(0, self.held_rows))
 
     def gradients(self, indices: Sequence[int]) -> Tensor:
         """Stacks the gradients of some of the bucket's parameters: [k, rows, cols], float32."""
         grads = [self.params[i].grad for i in indices]
-        return self._stack([grad for grad in grads if grad is not None], slice(0, self.layout.rows))
+        return self._stack([grad for grad in grads if grad is not None], slice(0, self.held_rows))
 
     def rewritten(self, indices: Sequence[int], values: Tensor) -> Writes:
         """Rounds new values of whole parameters after their step, by other draws than the step's.
@@ -261,26 +288,17 @@ class Bucket:
         """
         keys = torch.stack([self.keys[i] for i in indices])
         step = torch.stack([self.stacks["step"][i] for i in indices])
-        rows = slice(0, self.layout.rows)
-        return self._rounded([self.params[i] for i in indices], rows, values, keys, step, draw=1)
+        rows = slice(0, self.held_rows)
+        return self._rounded(
+            [self.params[i] for i in indices], rows, values[:, self._in_matrix(rows)], keys, step, draw=1
+        )
 
     def _rounded(
         self, params: Sequence[Tensor], rows: slice, values: Tensor, keys: Tensor, step: Tensor, draw: int = 0
     ) -> Writes:
         if self.dtype in (torch.bfloat16, torch.float16) and self.config.stochastic_rounding:
-            first = draw * self.layout.shape.numel() + rows.start * self.layout.cols
+            first = draw * self.layout.shape.numel() + self._in_matrix(rows).start * self.layout.cols
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
         targets = [param[rows] if self.layout.shape else param for param in params]
         return [(t, value.view(t.shape)) for t, value in zip(targets, values.unbind(), strict=True)]
-
-
-def carry_out(writes: Writes) -> None:
-    """Writes what has been computed; allocates nothing, so that memory cannot run out in between."""
-    for target, value in writes:
-        target.copy_(value)
-
-
-def _added(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds up two sets of sums; what only one of them has is kept  # each like its entry"""
-    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in more.items()}}

@@ -6,6 +6,7 @@ What one version saved loads in every later one; `automagic.SCHEMA` says when th
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import option_names, storage_option_names
@@ -94,7 +95,8 @@ def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
 def _check_shape(owner: str, name: str, saved: Tensor, param: Tensor) -> None:
     """Raises where a state as large as its parameter belongs to a parameter of another shape."""
     rows = param.shape[0] if param.ndim else 1
-    if saved.ndim > 1 and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
+    is_vector = saved.ndim < 2 or (saved.dtype == torch.uint8 and saved.shape[1:] == (2,))  # 16-bit codes are bytes
+    if not is_vector and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
         raise ValueError(
             f"the saved {name} of {owner} has shape {tuple(saved.shape)}, the parameter {tuple(param.shape)}: it "
             "belongs to another model; resume with the model that was trained, in the same order of parameters"

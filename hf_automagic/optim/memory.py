@@ -21,7 +21,7 @@ COUNTER_BYTES = 32  # four int64 counters of the guard
 
 @dataclasses.dataclass(frozen=True)
 class MemoryStats:
-    """Bytes of optimizer state.
+    """Bytes of optimizer state; where parameters are sharded, those of all ranks together.
 
     Args:
         total_bytes: everything held.

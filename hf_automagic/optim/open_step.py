@@ -6,6 +6,8 @@ with the gradients that the interrupted call had, it goes on where that one brok
 that was never interrupted, to the bit. If the gradients have changed since, the interrupted step is given up, which
 is said: some parameters have then taken one step more than others, each whole with its states; of a matrix larger
 than a chunk (`bucket.CHUNK_BYTES`) it may be some of the rows. Counters, rates and events do not know that step.
+
+Where parameters are sharded over ranks, there is no such promise: an interrupted step is given up in any case.
 """
 
 import dataclasses
@@ -16,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bucket import StepInputs
 from .context import observe_step
 from .events import record_events
 from .guard import GradientCheck, count_step
 from .plan import Plan
-from .sweep import Sweep
+from .sweep import StepInputs, Sweep
 from .tuning import BucketSums, add_pools, tune_rates
 
 
@@ -66,7 +67,11 @@ class OpenStep:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the buckets are still those of the step; once all have stepped, it does not matter."""
-        return self.plan in (None, plan) or self.finished > 0
+        return not self.is_spread() and (self.plan in (None, plan) or self.finished > 0)
+
+    def is_spread(self) -> bool:
+        """Whether other ranks hold rows of the step's parameters, so that it cannot be finished."""
+        return self.plan is not None and self.plan.is_spread
 
     def finish(self, groups: list[dict[str, Any]], lr_pool: str, adapt: Callable[[], None]) -> None:
         """Steps the buckets that are left, and prepares what the next step will use.
@@ -79,13 +84,12 @@ class OpenStep:
         assert self.plan is not None
         assert self.check is not None
         plan, check, shared = self.plan, self.check, groups[0]
-        measured = []
-        for number, (index, bucket) in enumerate(plan.buckets):
-            inputs = _inputs(groups[index]["applied_lr"], check, bucket.device, self.gains.get(number))
-            if number == len(self.sweeps):
-                self.sweeps.append([])
-            sums = bucket.step(inputs, self.sweeps[number])
-            measured.append(BucketSums(index, sums, bucket.numel_with_grad()))
+        inputs = [
+            _inputs(groups[index]["applied_lr"], check, bucket.device, self.gains.get(number))
+            for number, (index, bucket) in enumerate(plan.buckets)
+        ]
+        self.sweeps += [[] for _ in inputs[len(self.sweeps) :]]
+        measured = plan.step(inputs, self.sweeps)
         applied = [group["applied_lr"] for group in groups]
         actions: list[Callable[[], None]] = [
             lambda: shared.update(host_steps=shared.get("host_steps", 0) + 1),

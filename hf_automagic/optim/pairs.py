@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..config import AutomagicConfig
 from ..transforms.lora import allora_gains, effective_rank, product_spectrum, shrink_spectrum, stable_rank
-from .bucket import CHUNK_BYTES, Bucket, carry_out
+from .bucket import CHUNK_BYTES, Bucket
 from .roles import Role
+from .sweep import carry_out
 
 ALIGNED = ("pairs", "scalings", "ranks", "names")  # lists of a param group with one entry for each parameter
 
@@ -119,7 +120,12 @@ class PairView:
                         done.add((number, some[0]))
 
     def ranks(self) -> PairRanks | None:
-        """Measures the ranks of all products B A, for a snapshot; None without pairs."""
+        """Measures the ranks of all products B A, for a snapshot; None without pairs.
+
+        None as well where pairs are sharded: one rank that logs must not wait for the others.
+        """
+        if any(bucket.is_spread for bucket in self.buckets):
+            return None
         positions: list[int] = []
         spectra: list[Tensor] = []
         for batch in self.batches:
