@@ -100,14 +100,20 @@ class Bucket:
             whole = {name: t.view(self.layout.shape) for name, t in one.items() if t.shape == (rows, cols)}
             self.views.append(one | whole)
 
-    def step(self, inputs: StepInputs) -> dict[str, Tensor]:
-        """Steps the parameters that have a gradient; returns the pooled sums  # each []"""
+    def step(self, inputs: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
+        """Steps the parameters that have a gradient.
+
+        Returns:
+            The pooled sums, and the sum of the squared changes of the weights  # each []
+        """
         pool: dict[str, Tensor] = {}
+        squares = torch.zeros((), dtype=self.work_dtype, device=self.device)
         for start, stop in self._runs():
             for first, last, rows in self._chunks(start, stop):
-                for name, value in self._step_chunk(slice(first, last), rows, inputs).items():
-                    pool[name] = pool[name] + value if name in pool else value
-        return pool
+                sums, square = self._step_chunk(slice(first, last), rows, inputs)
+                squares = squares + square
+                pool = {name: pool[name] + value if name in pool else value for name, value in sums.items()}
+        return pool, squares
 
     def numel_with_grad(self) -> int:
         """Counts the elements that take part in this step."""
@@ -142,10 +148,11 @@ class Bucket:
         for first in range(start, stop):
             yield first, first + 1, rows
 
-    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> dict[str, Tensor]:
+    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
         step = self.stacks["step"][chunk] + inputs.finite
         totals: list[dict[str, Tensor]] | None = None if len(pieces) == 1 else []
         pool: dict[str, Tensor] = {}
+        squares = torch.zeros((), dtype=self.work_dtype, device=self.device)
         whole: dict[str, list[Tensor]] = {}
         while True:
             sums: dict[str, Tensor] = {}
@@ -156,6 +163,7 @@ class Bucket:
                     sums = {k: sums[k] + v if k in sums else v for k, v in result.matrix.items()}
                     continue
                 self._scatter(chunk, rows, context, result, inputs)
+                squares = squares + torch.linalg.vector_norm(result.update).square()
                 for name, value in self._encode(chunk, rows, result, step, inputs).items():
                     whole.setdefault(name, []).append(value)
                 pool = {k: pool[k] + v if k in pool else v for k, v in result.pool.items()}
@@ -168,7 +176,7 @@ class Bucket:
                 value = torch.cat(values, 1) if stored.spec.shape == "rows" else values[-1]
                 self._store(stored, chunk, slice(0, self.layout.rows), value, step, inputs)
         self.stacks["step"][chunk].copy_(step)
-        return pool
+        return pool, squares
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:
         """Stacks gradients and weights  # [n, rows, cols], float32"""
