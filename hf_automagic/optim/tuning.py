@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..transforms.self_tuning import log_rate_step
-from .groups import log_rate_limits
+from .groups import log_rate_limits, searches
 
 
 class BucketSums(NamedTuple):
@@ -36,7 +36,7 @@ def measure_updates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketS
 
 
 def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums], finite: Tensor, lr_pool: str) -> None:
-    """Moves the log rate of each pool of groups; what it decides takes effect in the next step.
+    """Moves the log rate of each pool of groups that search; what it decides takes effect in the next step.
 
     Args:
         groups: filled param groups.
@@ -59,7 +59,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
 
 def _pools(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
     """Lists the groups that share a tuned rate."""
-    tuned = [i for i, group in enumerate(groups) if group["self_tuning"]]
+    tuned = [i for i, group in enumerate(groups) if searches(group)]
     if lr_pool == "group":
         return [[i] for i in tuned]
     return [tuned] if tuned else []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim.automagic import Automagic
 from ..optim.events import Event, read_events
-from ..optim.groups import effective_lr, parameter_names
+from ..optim.groups import effective_lr, parameter_names, searches
 from ..optim.roles import Role
 from ..transforms.self_tuning import element_factor
 from .rates import RateSummary, Scalar, local, read_at_once, unwrap_optimizer, weigh_rates
@@ -59,7 +59,7 @@ class GroupSnapshot:
         max_lr: upper rail.
         self_tuning: whether the rate moves between the rails.
         rail_position: where the tuned rate stands on the logarithmic way from the lower rail, 0, to the upper one, 1;
-            None where nothing is tuned.
+            None where nothing is searched for.
     """
 
     role: str
@@ -262,7 +262,7 @@ def _group(index: int, group: Mapping[str, Any], values: Mapping[Any, float]) ->
     factors = [values.get((name, index), 1.0) for name in ("low", "mean", "high")]
     start = float(group["initial_lr"])
     position = None
-    if group["self_tuning"] and start > 0:
+    if searches(group) and start > 0:
         low, high = (math.log(max(group[rail], 1e-38)) for rail in ("min_lr", "max_lr"))
         way = (math.log(start) + values["log_rate", index] - low) / (high - low) if high > low else 1.0
         position = min(1.0, max(0.0, way))
