@@ -32,7 +32,7 @@ def build(plan: TrainingPlan) -> tuple[nn.Module, int]:
         )
     cls = _model_class(config)
     with torch.device("meta"), _default_dtype(torch.float32 if plan.base == "fp32" else torch.bfloat16):
-        model: nn.Module = cls(config) if inspect.isclass(cls) else cls.from_config(config)
+        model: Any = cls(config) if inspect.isclass(cls) else cls.from_config(config)
     saved = _saved_by_quantization(model, plan) if plan.is_quantized else 0
     if plan.rank is not None:
         model = _with_adapters(model, plan, type(model).__name__)
@@ -63,7 +63,7 @@ def example_inputs(model: nn.Module, plan: TrainingPlan) -> dict[str, Tensor]:
     Raises:
         ValueError: the model reads something other than tokens and images.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     kind, config = inner.main_input_name, inner.config
     if kind not in ("input_ids", "pixel_values"):
         raise ValueError(f"activations are simulated for tokens and images, and {type(inner).__name__} reads {kind!r}")
