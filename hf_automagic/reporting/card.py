@@ -47,6 +47,16 @@ def update_card(path: str | os.PathLike[str], record: RunRecord) -> None:
     card.save(path)
 
 
+def start_card(path: str | os.PathLike[str], title: str) -> None:
+    """Writes a card with a title alone, to which the section is then added.
+
+    Args:
+        path: the card, `README.md`.
+        title: the model's name.
+    """
+    Path(path).write_text(f"# {title}\n", encoding="utf-8")
+
+
 def insert_section(text: str, section: str) -> str:
     """Puts a section between the markers: where the older one stood, or at the end."""
     block = f"{START}\n{section.strip()}\n{END}"
