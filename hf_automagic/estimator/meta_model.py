@@ -30,9 +30,9 @@ def build(plan: TrainingPlan) -> tuple[nn.Module, int]:
         raise ValueError(
             f"sequence_length must be at most {longest}, which is the model's, got {plan.sequence_length}"
         )
-    cls = _model_class(config)
+    cls: Any = _model_class(config)
     with torch.device("meta"), _default_dtype(torch.float32 if plan.base == "fp32" else torch.bfloat16):
-        model: Any = cls(config) if inspect.isclass(cls) else cls.from_config(config)
+        model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     saved = _saved_by_quantization(model, plan) if plan.is_quantized else 0
     if plan.rank is not None:
         model = _with_adapters(model, plan, type(model).__name__)
@@ -63,7 +63,8 @@ def example_inputs(model: nn.Module, plan: TrainingPlan) -> dict[str, Tensor]:
     Raises:
         ValueError: the model reads something other than tokens and images.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner: Any = model
+    inner = owner.get_base_model() if hasattr(owner, "get_base_model") else owner
     kind, config = inner.main_input_name, inner.config
     if kind not in ("input_ids", "pixel_values"):
         raise ValueError(f"activations are simulated for tokens and images, and {type(inner).__name__} reads {kind!r}")
