@@ -59,26 +59,23 @@ class TrainingPlan:
 
 def smaller_plans(plan: TrainingPlan) -> Iterator[tuple[str, TrainingPlan]]:
     """Yields changes that need less memory, from what costs least to what changes the run most, with their options."""
-    for thrift in ({}, {"base": _lower(plan)}, {"rank": RANK}, {"rank": RANK, "base": "4bit"}):
-        if any(getattr(plan, name) == value or value is None for name, value in thrift.items()):
-            continue
-        if plan.rank is not None and "rank" in thrift:
-            continue
-        changed = plan.replace(**thrift)
-        if thrift:
-            yield _options(plan, changed), changed
-        if not plan.checkpointing:
-            yield _options(plan, saving := changed.replace(checkpointing=True)), saving
-        batch = plan.batch
-        while batch > 1:
-            batch //= 2
-            yield _options(plan, smaller := changed.replace(batch=batch, checkpointing=True)), smaller
+    smaller: list[TrainingPlan] = []
+    for kind in _thriftier_kinds(plan):
+        checkpointed = kind.replace(checkpointing=True)
+        halved = [checkpointed.replace(batch=plan.batch >> i) for i in range(1, plan.batch.bit_length())]
+        smaller += [kind, checkpointed, *halved]
+    yield from ((_options(plan, changed), changed) for changed in dict.fromkeys(smaller) if changed != plan)
 
 
-def _lower(plan: TrainingPlan) -> Precision | None:
-    """Returns the lowest precision in which the base can be held, None where it is that low already."""
-    lowest = "4bit" if plan.rank is not None else "bf16"
-    return lowest if PRECISIONS.index(lowest) > PRECISIONS.index(plan.base) else None
+def _thriftier_kinds(plan: TrainingPlan) -> Iterator[TrainingPlan]:
+    """Yields the plan, and what holds smaller weights or trains fewer."""
+    yield plan
+    if plan.rank is not None:
+        yield plan.replace(base="4bit")
+        return
+    yield plan.replace(base="bf16")
+    yield plan.replace(rank=RANK)
+    yield plan.replace(rank=RANK, base="4bit")
 
 
 def _options(plan: TrainingPlan, changed: TrainingPlan) -> str:
