@@ -18,7 +18,7 @@ from ..optim.automagic import Automagic
 from ..registry import OptimizerInfo
 from .plots import KINDS, PLOTS
 from .snapshot import role_key
-from .stats import FOLDER, RunRecord
+from .stats import FOLDER, RunRecord, write_atomically
 
 START, END = "<!-- hf_automagic:start -->", "<!-- hf_automagic:end -->"
 TAG = "hf_automagic"
@@ -48,7 +48,7 @@ def update_card(path: str | os.PathLike[str], record: RunRecord) -> None:
     card = RepoCard(path.read_text(encoding="utf-8"))
     card.data["tags"] = _tags(card.data.get("tags"), name)
     card.text = insert_section(_name_optimizer(card.text, name), render_section(record, _drawn(path.parent)))
-    card.save(path)
+    write_atomically(path, str(card))  # a push in the background reads the old card or the new one
 
 
 def start_card(path: str | os.PathLike[str], title: str) -> None:
