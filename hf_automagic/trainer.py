@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from .callbacks import OptimizerStatsCallback, attach, is_training_log
+from .callbacks import attach, is_training_log, update_cards
 from .optim.automagic import Automagic
 from .reporting.rates import unwrap_optimizer
 from .reporting.runs import optimizer_logs, snapshot_at_log
@@ -109,9 +109,7 @@ class AutomagicTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card, with our section."""
         super().create_model_card(*args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, OptimizerStatsCallback):
-                callback.update_card(self.args.output_dir, self.optimizer)
+        update_cards(self)
 
 
 class AutomagicTrainer(AutomagicTrainerMixin, Trainer):
