@@ -262,7 +262,7 @@ def test_trl_trainers_take_the_mixin(tmp_path):
     trainer = AutomagicSFTTrainer(
         model=tiny_adapter(),
         args=trl.SFTConfig(
-            **argument_values(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), max_length=16
+            **argument_values(tmp_path, max_steps=2, save_strategy="steps", save_steps=2), bf16=False, max_length=16
         ),
         train_dataset=datasets.Dataset.from_dict({"text": ["w3 w4 w5 w6 w7"] * 8}),
         processing_class=tiny_tokenizer(),

@@ -53,7 +53,9 @@ def tiny_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which a Llama does not take
     specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **specials, model_input_names=names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", **specials, model_input_names=names
+    )
 
 
 def sentences(count: int, length: int = 8) -> list[dict[str, list[int]]]:

@@ -209,7 +209,7 @@ def _rates(optimizer: Automagic) -> dict[Any, Scalar]:
     values: dict[Any, Scalar] = {}
     for i, group in enumerate(optimizer.param_groups):
         one, zero = torch.ones(()), torch.zeros(())
-        applied = group.get("applied_lr")
+        applied = group.get("effective_lr")
         values["lr", i] = applied if applied is not None else effective_lr({**group, "log_rate": zero}, one, zero)
         values["log_rate", i] = group.get("log_rate", 0.0)
         values["group_lr", i] = group["lr"]
@@ -234,7 +234,7 @@ def _context(shared: Mapping[str, Any]) -> dict[Any, Scalar]:
 
 def _pair_ranks(optimizer: Automagic) -> dict[Any, Scalar]:
     """Measures the mean effective rank of the LoRA products, once there was a step."""
-    ranks = optimizer.pair_ranks() if "applied_lr" in optimizer.param_groups[0] else None
+    ranks = optimizer.pair_ranks() if "effective_lr" in optimizer.param_groups[0] else None
     return {} if ranks is None else {"effective_rank": ranks.effective_rank.mean()}
 
 
