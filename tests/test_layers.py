@@ -32,6 +32,7 @@ LAYERS = {
     "callbacks": 6,
     "integrations": 6,
     "__init__": 7,
+    "child_processes": 7,
     "cli": 7,
     "run": 7,
 }
