@@ -51,11 +51,9 @@ def tiny_tokenizer() -> Any:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which a Llama does not take
-    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", **specials, model_input_names=names
-    )
+    options = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "padding_side": "left"}
+    inputs = ["input_ids", "attention_mask"]  # transformers 4 adds token types, which a Llama does not take
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **options)
 
 
 def sentences(count: int, length: int = 8) -> list[dict[str, list[int]]]:

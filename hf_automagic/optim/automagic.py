@@ -219,12 +219,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     def _get_lr(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
         """Returns a group's rate without reading the device; diffusion-pipe calls ostris' Automagic so  # []"""
+        if "effective_lr" in group:
+            return group["effective_lr"]
         zero = torch.zeros(())
-        return (
-            group["effective_lr"]
-            if "effective_lr" in group
-            else effective_lr({**group, "log_rate": zero}, zero + 1, zero)
-        )
+        return effective_lr({**group, "log_rate": zero}, zero + 1, zero)
 
     @torch.no_grad()
     def pair_ranks(self) -> PairRanks | None:
