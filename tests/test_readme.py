@@ -1,4 +1,4 @@
-"""Every snippet of every document runs or is held to what exists; models, data and transformers' names are supplied."""
+"""Every snippet of every document runs, or is held to what exists; models and data are supplied."""
 
 import ast
 import importlib.util

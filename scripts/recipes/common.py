@@ -1,10 +1,10 @@
-"""What the recipes share: models small enough for a laptop's minute, random so that no hub is asked, and their data."""
+"""What the recipes share: random models, small enough for a minute of a laptop, and their data."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = [
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "hears", "old", "small", "young"]
     "the",
     "a",
     "cat",
