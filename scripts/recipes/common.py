@@ -5,22 +5,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "hears", "old", "small", "young"]
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "likes",
-    "hears",
-    "old",
-    "small",
-    "young",
-    "one",
-    "and",
-    "two",
-    "three",
-]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
