@@ -26,7 +26,9 @@ from tests.tiny_runs import (
     arguments,
     assert_same_bits,
     inner,
+    logged_losses,
     regression_points,
+    seen_losses,
     sentences,
     tiny_adapter,
     tiny_llama,
@@ -115,8 +117,7 @@ def test_the_context_sees_the_losses_that_are_logged(tmp_path, accumulation):
     points = regression_points(8 * accumulation)
     trainer = regression(tmp_path, points, options={"context": True}, gradient_accumulation_steps=accumulation)
     trainer.train()
-    seen = inner(trainer).c_optim.history().losses
-    assert seen == pytest.approx([log["loss"] for log in training_logs(trainer)])
+    assert logged_losses(trainer) == seen_losses(trainer)
 
 
 def test_shares_of_a_tokens_mean_are_added_up(tmp_path):
@@ -124,8 +125,7 @@ def test_shares_of_a_tokens_mean_are_added_up(tmp_path):
     trainer.optimizer_cls_and_kwargs = (Automagic, {"lr": 1e-3, "context": True})
     assert trainer.model_accepts_loss_kwargs
     trainer.train()
-    seen = inner(trainer).c_optim.history().losses
-    assert seen == pytest.approx([log["loss"] for log in training_logs(trainer)])
+    assert logged_losses(trainer) == seen_losses(trainer)
 
 
 # steps that are not finite
