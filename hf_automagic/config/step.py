@@ -36,7 +36,7 @@ class StepOptions:
     )
     lr_search: bool = option(
         False,
-        "Starts at lr and climbs to the rail while gradients agree with the momentum. No task measured gained from it.",
+        "Starts at lr and climbs to the rail while gradients agree with the momentum; no task measured gained by it.",
     )
     lr_granularity: Literal["tensor", "element"] = option(
         "tensor",
