@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .callbacks import CheckpointCallback, OptimizerStatsCallback, attach, is_training_log
+from .callbacks import CheckpointCallback, attach, is_training_log, update_cards
 from .checkpoint import begin_checkpoint, find_problems, find_resumable_checkpoint, lacks_optimizer
 from .optim.automagic import Automagic
 from .reporting.rates import unwrap_optimizer
@@ -131,9 +131,7 @@ class AutomagicTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card, with our section."""
         super().create_model_card(*args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, OptimizerStatsCallback):
-                callback.update_card(self.args.output_dir, self.optimizer)
+        update_cards(self)
 
 
 class AutomagicTrainer(AutomagicTrainerMixin, Trainer):

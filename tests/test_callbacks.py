@@ -2,7 +2,10 @@
 
 import json
 import logging
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +123,21 @@ def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
         assert all(type(row[f"train/{key}"]) is float for key in ours)
 
 
+def test_wandb_receives_the_keys_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer = stock_trainer(tmp_path / "out", report_to="wandb", run_name="run")
+    attach(trainer)
+    trainer.train()
+    summary, last = dict(wandb.run.summary), training_logs(trainer)[-1]
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    ours = {key: value for key, value in last.items() if key.startswith("optim/")}
+    assert {"optim/lr_mean", "optim/lr_full", "optim/skipped_steps", "optim/state_mb"} <= ours.keys()
+    assert {key: summary[f"train/{key}"] for key in ours} == ours
+
+
 @pytest.mark.matrix("T12")
 def test_all_callbacks_of_a_log_share_one_read(tmp_path, monkeypatch):
     reads = []
@@ -197,6 +215,32 @@ def test_a_resume_continues_the_files(tmp_path):
     record = RunRecord.read(tmp_path)
     assert [row["step"] for row in record.rows] == list(range(1, 9))
     assert [event["code"] for event in record.events] == ["NONFINITE_STEP"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from tests.test_callbacks import OptimizerStatsCallback, stock_trainer
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **event):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+stock_trainer(Path(sys.argv[1]), OptimizerStatsCallback(plots=False), Kill(), max_steps=8, logging_steps=2).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_its_files_readable_up_to_the_last_log(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, capture_output=True)
+    assert run.returncode == -signal.SIGKILL
+    record = RunRecord.read(tmp_path)
+    assert [row["step"] for row in record.rows] == [2, 4, 6]
+    assert all("optim/lr_mean" in row for row in record.rows)
+    assert record.config["memory"]["total_bytes"]
 
 
 def test_plots_are_drawn_at_the_end(tmp_path):

@@ -79,7 +79,7 @@ def all_tensors(params: list[nn.Parameter], bad: float) -> None:
 
 
 # set anew before each step, or counted, whatever its gradients
-COUNTED = ("counters", "events", "context_state", "applied_lr", "base_lr")
+COUNTED = ("counters", "events", "context_state", "effective_lr", "base_lr", "update_rms")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

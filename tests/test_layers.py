@@ -32,8 +32,10 @@ LAYERS = {
     "checkpoint_report": 5,
     "trainer": 6,
     "callbacks": 6,
+    "estimator": 6,
     "integrations": 6,
     "__init__": 7,
+    "child_processes": 7,
     "cli": 7,
     "run": 7,
 }

@@ -74,7 +74,7 @@ class Probe(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **event: Any) -> None:
         for group in optimizer.param_groups:
             self.steps[-1].lr_after.append(group["lr"])
-            self.steps[-1].applied.append(float(group["applied_lr"]))
+            self.steps[-1].applied.append(float(group["effective_lr"]))
 
 
 def tuned_rate(group: dict[str, Any]) -> float:

@@ -3,36 +3,12 @@
 What changes or watches the process (the enum, the import system, logging) runs in processes of its own.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-import hf_automagic
+from tests.processes import report
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-ROOT = str(Path(hf_automagic.__file__).parent.parent)
-
-
-def run_python(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that finds this package."""
-    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
-def report(code: str, *argv: object) -> dict:
-    """Runs code that assigns a dict `seen`, and returns it."""
-    done = run_python(f"import json, sys\nseen = {{}}\n{code}\nprint('SEEN' + json.dumps(seen))", *argv)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.rpartition("SEEN")[2])
-
 
 CONFIGS = """
 import contextlib, copy, dataclasses, io, os, pickle

@@ -193,7 +193,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         for group in self.param_groups:
             multiplier = shared["context_state"]["multiplier"] if group["context"] else one
             group["base_lr"] = base_lr(group, multiplier, shared["counters"]["applied"])
-            group["applied_lr"] = group["base_lr"] * multiplier
+            group["effective_lr"] = group["base_lr"] * multiplier
 
     def _live_plan(self) -> Plan:
         """Returns the current plan, with all states adopted by its buckets."""
@@ -224,20 +224,20 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     def get_learning_rates(self) -> list[float]:
         """Returns the rate that each group really stepped with last, or will start with; reads the device."""
-        rates = []
-        for group in self.param_groups:
-            if "applied_lr" in group:
-                rates.append(float(group["applied_lr"]))
-            else:
-                zero = torch.zeros(())
-                rates.append(float(effective_lr({**group, "log_rate": zero}, zero + 1, zero)))
-        return rates
+        return [float(self._get_lr(group, {})) for group in self.param_groups]
 
     def get_avg_learning_rate(self) -> float:
         """Returns the mean of `get_learning_rates`, weighted by the number of elements; reads the device."""
         sizes = [sum(p.numel() for p in group["params"]) for group in self.param_groups]
         total = sum(rate * size for rate, size in zip(self.get_learning_rates(), sizes, strict=True))
         return total / max(1, sum(sizes))
+
+    def _get_lr(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        """Returns a group's rate without reading the device; diffusion-pipe calls ostris' Automagic so  # []"""
+        if "effective_lr" in group:
+            return group["effective_lr"]
+        zero = torch.zeros(())
+        return effective_lr({**group, "log_rate": zero}, zero + 1, zero)
 
     @torch.no_grad()
     def pair_ranks(self) -> PairRanks | None:

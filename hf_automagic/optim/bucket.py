@@ -195,11 +195,11 @@ class Bucket:
         self, chunk: slice, whole: Mapping[str, Tensor], step: Tensor, inputs: StepInputs, sweep: Sweep
     ) -> None:
         """Writes the states that take whole matrices to encode, and counts the step."""
-        writes = [(self.stacks["step"][chunk], step)]
+        writes: Writes = []
         for stored in self.stored:
             if stored.spec.name in whole:
                 writes += self._new_whole_state(stored, chunk, whole[stored.spec.name], step, inputs)
-        carry_out(writes)
+        carry_out([*writes, (self.stacks["step"][chunk], step)])
         sweep.is_over = True
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:

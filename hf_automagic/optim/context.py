@@ -158,7 +158,7 @@ def _mean_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Ten
     """Returns the mean rate over all elements  # []."""
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     total = max(1, sum(sizes))
-    shares = [group["applied_lr"].to(device) * (size / total) for group, size in zip(groups, sizes, strict=True)]
+    shares = [group["effective_lr"].to(device) * (size / total) for group, size in zip(groups, sizes, strict=True)]
     return torch.stack(shares).sum()
 
 

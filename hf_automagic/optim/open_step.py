@@ -23,7 +23,7 @@ from .events import record_events
 from .guard import GradientCheck, count_step
 from .plan import Plan
 from .sweep import StepInputs, Sweep
-from .tuning import BucketSums, add_pools, tune_rates
+from .tuning import BucketSums, add_pools, measure_updates, tune_rates
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,16 +85,17 @@ class OpenStep:
         assert self.check is not None
         plan, check, shared = self.plan, self.check, groups[0]
         inputs = [
-            _inputs(groups[index]["applied_lr"], check, bucket.device, self.gains.get(number))
+            _inputs(groups[index]["effective_lr"], check, bucket.device, self.gains.get(number))
             for number, (index, bucket) in enumerate(plan.buckets)
         ]
         self.sweeps += [[] for _ in inputs[len(self.sweeps) :]]
         measured = plan.step(inputs, self.sweeps)
-        applied = [group["applied_lr"] for group in groups]
+        applied = [group["effective_lr"] for group in groups]
         actions: list[Callable[[], None]] = [
             lambda: shared.update(host_steps=shared.get("host_steps", 0) + 1),
             lambda: plan.pairs.shrink_spectra(applied, check.finite, shared["host_steps"], self.shrunk),
             lambda: count_step(shared["counters"], check),
+            lambda: measure_updates(groups, measured, check.finite),
             lambda: tune_rates(groups, measured, check.finite, lr_pool),
             lambda: self._observe(groups, measured, check.finite),
             lambda: record_events(shared["events"], shared["counters"], self.edge),

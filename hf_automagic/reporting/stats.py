@@ -69,8 +69,7 @@ class RunRecord:
         Raises:
             FileNotFoundError: there are no statistics.
         """
-        folder = Path(folder)
-        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+        folder = stats_folder(folder)
         if not (folder / CONFIG).is_file() and not (folder / ROWS).is_file():
             raise FileNotFoundError(
                 f"{folder.name!r} holds neither {ROWS} nor {CONFIG}; name the output folder of a run that had an "
@@ -83,6 +82,12 @@ class RunRecord:
         """Returns steps and values of one logged key, without the logs that lack it."""
         points = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
         return [step for step, _ in points], [value for _, value in points]
+
+
+def stats_folder(folder: str | os.PathLike[str]) -> Path:
+    """Returns the folder of statistics inside an output folder, or the folder itself where it is one."""
+    folder = Path(folder)
+    return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
 class StatsWriter:
