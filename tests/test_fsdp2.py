@@ -18,6 +18,9 @@ from tests.sharded_runs import ALL, ALONE, SHAPES, SHARDED
 SAME, CODED = 1e-5, 1e-3
 
 
+pytestmark = pytest.mark.matrix("T14")
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     two = Ranks(2)
