@@ -152,6 +152,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
         """Looks at all gradients, steps all buckets, and prepares what the next step will use."""
         plan, groups = self._live_plan(), self.param_groups
+        if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in groups):
+            plan.fused.step(groups, loss, self.config.max_grad_norm, self.config.lr_pool)
+            return
         shared, counters = groups[0], groups[0]["counters"]
         grads = [p.grad for _, p in params if p.grad is not None]
         check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)

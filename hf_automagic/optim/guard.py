@@ -16,11 +16,13 @@ class GradientCheck:
         finite: whether every element is  # [], bool
         offender: position of the first parameter with a non-finite element, -1 without one  # [], int64
         clip: factor that brings the gradients to `max_grad_norm`, None without that option  # []
+        norm: total norm of the gradients, None without that option  # []
     """
 
     finite: Tensor
     offender: Tensor
     clip: Tensor | None
+    norm: Tensor | None = None
 
 
 def check_gradients(grads: Sequence[Tensor], positions: Sequence[int], max_grad_norm: float | None) -> GradientCheck:
@@ -39,11 +41,11 @@ def check_gradients(grads: Sequence[Tensor], positions: Sequence[int], max_grad_
     largest = _norms([g for g, _ in filled], float("inf"), device)
     bad = ~largest.isfinite()
     first = _position_of_first(bad, [i for _, i in filled])
-    clip = None
+    clip = norm = None
     if max_grad_norm is not None:
         norm = torch.linalg.vector_norm(_norms([g for g, _ in filled], 2.0, device))
         clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
-    return GradientCheck(~bad.any(), first, clip)
+    return GradientCheck(~bad.any(), first, clip, norm)
 
 
 def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from ..quantization import QuantizationStrategy
 from .bucket import Bucket
 from .context import fit_context
 from .events import new_events
+from .fused import FusedStep, choose_backend
 from .groups import group_config, is_stepped
 from .guard import new_counters
 from .pairs import PairView
@@ -33,6 +34,10 @@ class Plan:
         self.options = [_options(group) for group in groups]
         self.buckets = _sort_into_buckets(groups, strategy)
         self.pairs = PairView(groups, self.buckets)
+        device = shared_device(groups)
+        self.backends = [choose_backend(bucket, device) for _, bucket in self.buckets]
+        fused = [number for number, (name, _) in enumerate(self.backends) if name == "triton"]
+        self.fused = FusedStep(groups, self.buckets, self.pairs, fused) if fused else None
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups still hold the same parameters, of the same kind, with the same options."""

@@ -27,7 +27,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
         finite: whether the step was applied; otherwise nothing moves  # [], bool
         lr_pool: 'global' or 'group'.
     """
-    for members in _pools(groups, lr_pool):
+    for members in pools_of_groups(groups, lr_pool):
         parts = [sums for sums in measured if sums.group in members and sums.pool]
         if not parts:
             continue
@@ -40,7 +40,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
             group["log_rate"] = torch.where(finite, moved, group["log_rate"])
 
 
-def _pools(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
+def pools_of_groups(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
     """Lists the groups that share a tuned rate."""
     tuned = [i for i, group in enumerate(groups) if group["self_tuning"]]
     if lr_pool == "group":
