@@ -26,7 +26,7 @@ CENTRE = tl.constexpr(128.0)
 
 @triton.jit
 def sum_squares(
-    tiles, table, grads, parts, sums, control, n_tiles,
+    tiles, table, grads, parts, sums, control,
     DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Sweep 1: sums of g^2 over rows and columns; notes the first tensor with a gradient that is not finite."""

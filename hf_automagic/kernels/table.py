@@ -175,3 +175,18 @@ class Tables:
                 self.work_size += math.prod(stored.shape(bucket.layout.rows, bucket.layout.cols))
             else:
                 line[f.VECTORS.value + number] = address[name]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Returns the float32 elements of parts, work, sums and the two sums of slices; each ends on 256 bytes."""
+        planes = f.SUM_PLANES.value * self.tiles
+        return tuple(-(-size // 64) * 64 for size in (3 * self.places, self.work_size, planes, *[self.n_slices] * 2))
+
+    @property
+    def scratch_size(self) -> int:
+        """Returns the float32 elements that a step needs beside the states."""
+        return sum(self.sizes)
+
+    def cut(self, scratch: Tensor) -> tuple[Tensor, ...]:
+        """Cuts a step's scratch into its parts."""
+        return scratch.split(list(self.sizes))

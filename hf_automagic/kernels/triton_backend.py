@@ -19,14 +19,12 @@ The third sweep exists because the last clip divides by the RMS of the direction
 Every other sweep runs backwards, so that it begins with what the cache still holds.
 """
 
-import itertools
+import contextlib
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from ..config import AutomagicConfig
 from ..transforms.self_tuning import LOG_RATIO
 from . import fields as f
 from .decide import decide, finish
+from .launch import IS_DIRECT, Launch, current_stream
 from .plain import check_plain, step_plain
 from .support import Stacked
 from .sweeps import sum_residuals, sum_squares, sum_steps
@@ -42,6 +41,7 @@ from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+REMEMBERED = 16  # places of the scratch for which launches are kept
 TILES_AT_ONCE = 8  # partial sums of a vector's element that are loaded together
 
 
@@ -56,52 +56,60 @@ class TritonStep:
     def __init__(self, buckets: Sequence[tuple[int, Stacked]], n_groups: int) -> None:
         """Makes the tables."""
         self.tables = tables = Tables(buckets)
+        self.params = tables.params
         self.group_of = [group for group, bucket in buckets for _ in bucket.params]
-        self.numels = [p.numel() for p in tables.params]
-        device, self.n_groups = tables.device, n_groups
-        self.param_addresses = [p.data_ptr() for p in tables.params]
-        self.grad_addresses: list[int] = []
-        self.grads = torch.zeros(len(self.numels), dtype=torch.int64, device=device)
-        self.gains = torch.zeros(2 * len(self.numels), dtype=torch.int64, device=device)
+        self.numels = [p.numel() for p in self.params]
+        self.device, self.n_groups = tables.device, n_groups
+        self.param_addresses = [p.data_ptr() for p in self.params]
+        self.seen: list[int] = []  # where the gradients were in the step before
+        self.is_plain = False  # whether the kernels read them there
+        self.counts: list[int] = []
         self.group_values: list[float] = []
-        self.groups = torch.zeros(n_groups * f.GROUP_WIDTH.value, device=device)
-        self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0], dtype=torch.int64).to(device)
-        self.rates = torch.zeros(n_groups, f.RATES_WIDTH.value, device=device)
+        self.kept: list[Tensor] = []
+        self.launches: tuple[list[Launch], ...] = ()
+        self.planned: dict[Any, tuple[list[Launch], ...]] = {}
+        new = self._new
+        self.grads = new(len(self.numels), torch.int64)
+        self.gains = new(2 * len(self.numels), torch.int64)
+        self.groups = new(n_groups * f.GROUP_WIDTH.value)
+        self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0], dtype=torch.int64).to(self.device)
+        self.rates = new(n_groups * f.RATES_WIDTH.value).view(n_groups, -1)
+        self.stats = new(len(self.numels) * f.STATS_WIDTH.value)
+        self.totals, self.outside_pools = new(3 * n_groups).view(-1, 3), new(3 * n_groups).view(-1, 3)
+        self.finite, self.clip, self.multiplier = new((), torch.bool), new(()), new(()).fill_(1.0)
+        self.clip.fill_(1.0)
+        self.outside, self.outside_square = new((), torch.int64).fill_(-1), new(())
         self.rate_views = [tuple(line.unbind()) for line in self.rates.unbind()]
         self.counter_views = list(self.control[1:].unbind())
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.clip = torch.ones((), device=device)
-        self.totals = torch.zeros(n_groups, 3, device=device)
-        self.stats = torch.zeros(len(self.numels) * f.STATS_WIDTH.value, device=device)
-        self.nobody = torch.full((), -1, dtype=torch.int64, device=device)
-        self.nothing = torch.zeros(n_groups, 3, device=device)
-        self.kept: list[Tensor] = []
+
+    def _new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def is_current(self) -> bool:
         """Whether the weights still lie where the tables say."""
-        return [p.data_ptr() for p in self.tables.params] == self.param_addresses
+        return [p.data_ptr() for p in self.params] == self.param_addresses
 
-    def take_gradients(self) -> bool:
-        """Notes where the gradients are; uploads only when one has moved. Returns whether one came or went."""
-        self.kept.clear()
-        addresses = []
-        for param, exact in zip(self.tables.params, self.tables.exact, strict=True):
-            grad = param.grad
-            if grad is None or not grad.numel():
-                addresses.append(0)
+    def take_gradients(self) -> None:
+        """Notes where the gradients are; uploads only when one has moved."""
+        grads = [p.grad for p in self.params]
+        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if self.is_plain and addresses == self.seen and all([g is None or g.is_contiguous() for g in grads]):
+            return
+        self.seen = list(addresses)
+        self.kept = []
+        for i, (grad, param, exact) in enumerate(zip(grads, self.params, self.tables.exact, strict=True)):
+            if grad is None:
                 continue
-            address = grad.data_ptr()
-            if grad.dtype != param.dtype or not grad.is_contiguous() or (exact and address & 15):
-                grad = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(grad)
-                self.kept.append(grad)
-                address = grad.data_ptr()
-            addresses.append(address)
-        if addresses == self.grad_addresses:
-            return False
-        changed = list(map(bool, addresses)) != list(map(bool, self.grad_addresses))
-        self.grads.copy_(self._on_device(addresses, torch.int64), non_blocking=True)
-        self.grad_addresses = addresses
-        return changed
+            if grad.dtype != param.dtype or not grad.is_contiguous() or (exact and addresses[i] & 15):
+                copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(grad)
+                self.kept.append(copy)
+                addresses[i] = copy.data_ptr()
+        self.is_plain = not self.kept
+        self.grads.copy_(self._on_host(addresses, torch.int64), non_blocking=True)
+        counts = [0] * self.n_groups
+        for group, numel, address in zip(self.group_of, self.numels, addresses, strict=True):
+            counts[group] += numel if address else 0
+        self.counts = counts
 
     def take_gains(self, gains: Mapping[int, Tensor], places: Mapping[int, int]) -> None:
         """Notes where ALLoRA's gains of each bucket are.
@@ -111,138 +119,133 @@ class TritonStep:
             places: number of the bucket -> its first tensor.
         """
         lines = [0] * self.gains.numel()
-        for bucket, values in gains.items():
-            if bucket not in places:
-                continue
-            values = values.to(torch.float32).contiguous()
-            self.kept.append(values)
+        self.held = [gains[bucket].to(torch.float32).contiguous() for bucket in gains if bucket in places]
+        for bucket, values in zip((bucket for bucket in gains if bucket in places), self.held, strict=True):
             for i in range(values.shape[0]):
                 lines[2 * (places[bucket] + i)] = values.data_ptr() + 4 * i * values.shape[1]
                 lines[2 * (places[bucket] + i) + 1] = int(values.shape[1] > 1)
-        self.gains.copy_(self._on_device(lines, torch.int64), non_blocking=True)
+        self.gains.copy_(self._on_host(lines, torch.int64), non_blocking=True)
 
     def take_groups(self, values: list[float]) -> None:
         """Uploads the groups' numbers, where one has changed: rates of a scheduler, sizes of pools."""
         if values != self.group_values:
-            self.groups.copy_(self._on_device(values, torch.float32), non_blocking=True)
+            self.groups.copy_(self._on_host(values, torch.float32), non_blocking=True)
             self.group_values = values
 
-    def _on_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+    def _on_host(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
         """Copies numbers without waiting: from pinned memory, which the allocator keeps until they have been read."""
         host = torch.tensor(values, dtype=dtype)
         return host.pin_memory() if self.grads.is_cuda else host
 
-    def numel_with_grad(self) -> list[int]:
-        """Counts the elements of each group that take part  # [n_groups]"""
-        counts = [0] * self.n_groups
-        for group, numel, address in zip(self.group_of, self.numels, self.grad_addresses, strict=True):
-            counts[group] += numel if address else 0
-        return counts
-
-    def look(self, outside: Tensor | None, outside_square: Tensor | None, multiplier: Tensor, max_norm: float | None) -> None:
-        """Runs sweep 1 and decides: afterwards `finite`, `clip` and `rates` are those of this step.
+    @contextlib.contextmanager
+    def prepared(self, max_norm: float | None, is_global: bool, events: Tensor | None) -> Iterator[None]:
+        """Holds the scratch of one step; between steps the allocator gives it to others.
 
         Args:
-            outside: position of the first bad gradient among the parameters of others, -1 without one  # [], int64
-            outside_square: sum of their squares  # []
-            multiplier: of the context  # []
             max_norm: largest norm of all gradients, None for no clip.
-        """
-        t, device = self.tables, self.grads.device
-        # scratch of this step alone: between steps the allocator gives it to others
-        self.parts = torch.empty(3 * t.places, device=device)
-        self.work = torch.empty(max(1, t.work_size), device=device)
-        self.sums = torch.empty(f.SUM_PLANES.value * t.tiles, device=device)
-        self.slice_sums = torch.empty(2, max(1, t.n_slices), device=device)
-        for kind, programs in t.programs.items():
-            if kind.is_matrix:
-                sum_squares[(programs.numel() // 2,)](
-                    programs, t.table, self.grads, self.parts, self.sums, self.control, t.tiles, **_shape(kind)
-                )
-            else:
-                check_plain[(programs.numel(),)](
-                    programs, t.table, self.grads, self.sums, self.control, DTYPES[kind.dtype], 1024
-                )
-        decide[(1,)](
-            self.control,
-            self.finite,
-            self.clip,
-            self.groups,
-            self.rates,
-            self.sums,
-            t.tiles,
-            self.n_groups,
-            multiplier,
-            self.nobody if outside is None else outside,
-            self.nothing if outside_square is None else outside_square,
-            0.0 if max_norm is None else float(max_norm),
-            HAS_NORM=max_norm is not None,
-        )
-
-    def sweep(self) -> None:
-        """Runs the other sweeps: states and weights are written."""
-        t = self.tables
-        some = (t.slices, t.table, self.grads)
-        kinds = [(kind, programs) for kind, programs in t.programs.items() if kind.is_matrix]
-        if t.n_slices:
-            average_squares[(t.n_slices,)](
-                *some, self.groups, self.parts, self.slice_sums[0], self.work, self.finite, self.clip, SLICE, TILES_AT_ONCE
-            )
-        for kind, programs in reversed(kinds):
-            sum_residuals[(programs.numel() // 2,)](
-                programs, t.table, self.grads, self.groups, self.parts, t.places, self.sums, t.tiles,
-                self.slice_sums[0], self.work, self.finite, self.clip,
-                **_shape(kind), KIND=kind.codec, ELEMENTS=kind.elements,
-            )  # fmt: skip
-        if t.n_slices:
-            average_residuals[(t.n_slices,)](
-                *some, self.groups, self.parts, t.places, self.sums, t.tiles, self.stats, self.slice_sums[1], self.work,
-                self.finite, SLICE, TILES_AT_ONCE,
-            )  # fmt: skip
-        for kind, programs in kinds:
-            sum_steps[(programs.numel() // 2,)](
-                programs, t.table, self.grads, self.groups, self.stats, self.sums, t.tiles,
-                self.slice_sums[0], self.slice_sums[1], self.work, self.finite, self.clip,
-                **_shape(kind), KIND=kind.codec, CAUTIOUS=kind.cautious,
-            )  # fmt: skip
-        for kind, programs in reversed(kinds):
-            write_steps[(programs.numel() // 2,)](
-                programs, t.table, self.grads, self.gains, self.groups, self.rates, self.stats, self.sums, t.tiles,
-                self.slice_sums[0], self.slice_sums[1], self.work, self.finite, self.clip,
-                **_shape(kind), KIND=kind.codec, ELEMENTS=kind.elements, CAUTIOUS=kind.cautious, GAINS=kind.gains,
-                ROUND=kind.rounds, CAUTIOUS_DECAY=kind.cautious_decay,
-            )  # fmt: skip
-        for kind, programs in t.programs.items():
-            if not kind.is_matrix:
-                step_plain[(programs.numel(),)](
-                    programs, t.table, self.grads, self.groups, self.rates, self.stats, self.finite, self.clip,
-                    DTYPES[kind.dtype], 1024, kind.elements, kind.cautious, kind.rounds, kind.cautious_decay,
-                )  # fmt: skip
-        if t.has_log16:
-            encode_vectors[(t.n_slices,)](
-                *some, self.slice_sums[0], self.slice_sums[1], self.work, self.finite, *PURPOSES.values(), SLICE
-            )
-
-    def finish(self, outside: Tensor | None, is_global: bool, events: Tensor | None) -> None:
-        """Counts the step and tunes the next rates.
-
-        Args:
-            outside: pooled sums of the parameters of others  # [n_groups, 3]
             is_global: whether all groups share one tuned rate.
             events: the buffer to record in, None where somebody else does  # [capacity, 4]
         """
-        t = self.tables
-        finish[(1,)](
-            t.table, self.grads, self.groups, self.rates, self.stats, self.nothing if outside is None else outside,
-            self.totals, self.control, self.finite, self.totals if events is None else events, len(self.numels),
-            self.n_groups, 512, is_global, events is not None, 0 if events is None else events.numel(),
+        scratch = torch.empty(self.tables.scratch_size, device=self.device)
+        key = (scratch.data_ptr(), max_norm, is_global, None if events is None else events.data_ptr())
+        if key not in self.planned:
+            if len(self.planned) >= REMEMBERED:
+                self.planned.clear()
+            self.planned[key] = self._plan_launches(scratch, max_norm, is_global, events)
+        self.launches = self.planned[key]
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.stream = current_stream(self.device)
+            yield
+        if not IS_DIRECT:  # such launches hold the scratch itself
+            self.planned.clear()
+            self.launches = ()
+
+    def look(self) -> None:
+        """Runs sweep 1 and decides: afterwards `finite`, `clip` and `rates` are those of this step."""
+        for launch in self.launches[0]:
+            launch(self.stream)
+
+    def sweep(self) -> None:
+        """Runs the other sweeps: states and weights are written."""
+        for launch in self.launches[1]:
+            launch(self.stream)
+
+    def finish(self) -> None:
+        """Counts the step and tunes the next rates."""
+        for launch in self.launches[2]:
+            launch(self.stream)
+
+    def _plan_launches(
+        self, scratch: Tensor, max_norm: float | None, is_global: bool, events: Tensor | None
+    ) -> tuple[list[Launch], ...]:
+        """Lists what a step launches: to look, to sweep, to finish."""
+        t, n = self.tables, self.tables.n_slices
+        parts, work, sums, squares, residuals = t.cut(scratch)
+        look, sweep = [], []
+        some = (t.slices, t.table, self.grads)
+        group = (self.groups, self.rates, self.stats)
+        kinds = [kind for kind in t.programs if kind.is_matrix]
+        plain = [kind for kind in t.programs if not kind.is_matrix]
+
+        def matrices(kernel: Any, kind: Kind, *arguments: Any) -> Launch:
+            of = t.programs[kind]
+            return Launch(kernel, of.numel() // 2, (of, t.table, self.grads, *arguments))
+
+        look += [matrices(sum_squares, kind, parts, sums, self.control, *_shape(kind)) for kind in kinds]
+        for kind in plain:
+            of = t.programs[kind]
+            arguments = (of, t.table, self.grads, sums, self.control, DTYPES[kind.dtype], 1024)
+            look.append(Launch(check_plain, of.numel(), arguments))
+        numbers = (self.multiplier, self.outside, self.outside_square, max_norm or 0.0, max_norm is not None)
+        arguments = (self.control, self.finite, self.clip, self.groups, self.rates, sums, t.tiles, self.n_groups)
+        look.append(Launch(decide, 1, (*arguments, *numbers)))
+        if kinds:
+            arguments = (self.groups, parts, squares, work, self.finite, self.clip, SLICE, TILES_AT_ONCE)
+            sweep.append(Launch(average_squares, n, (*some, *arguments)))
+            common = (squares, work, self.finite, self.clip)
+            sweep += [
+                matrices(
+                    sum_residuals, kind, self.groups, parts, t.places, sums, t.tiles, *common,
+                    *_shape(kind), kind.codec, kind.elements,
+                )
+                for kind in reversed(kinds)
+            ]  # fmt: skip
+            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.finite, SLICE, TILES_AT_ONCE)
+            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments)))
+            common = (squares, residuals, work, self.finite, self.clip)
+            sweep += [
+                matrices(
+                    sum_steps, kind, self.groups, self.stats, sums, t.tiles, *common,
+                    *_shape(kind), kind.codec, kind.cautious,
+                )
+                for kind in kinds
+            ]  # fmt: skip
+            sweep += [
+                matrices(
+                    write_steps, kind, self.gains, *group, sums, t.tiles, *common, *_shape(kind),
+                    kind.codec, kind.elements, kind.cautious, kind.gains, kind.rounds, kind.cautious_decay,
+                )
+                for kind in reversed(kinds)
+            ]  # fmt: skip
+        for kind in plain:
+            of = t.programs[kind]
+            flags = (DTYPES[kind.dtype], 1024, kind.elements, kind.cautious, kind.rounds, kind.cautious_decay)
+            arguments = (of, t.table, self.grads, *group, self.finite, self.clip, *flags)
+            sweep.append(Launch(step_plain, of.numel(), arguments))
+        if t.has_log16:
+            arguments = (squares, residuals, work, self.finite, *PURPOSES.values(), SLICE)
+            sweep.append(Launch(encode_vectors, n, (*some, *arguments)))
+        arguments = (
+            t.table, self.grads, *group, self.outside_pools, self.totals, self.control, self.finite,
+            self.totals if events is None else events, len(self.numels), self.n_groups, 512, is_global,
+            events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
-        del self.parts, self.work, self.sums, self.slice_sums
-        self.kept.clear()
+        return look, sweep, [Launch(finish, 1, arguments)]
 
 
-def _shape(kind: Kind) -> dict[str, Any]:
-    return {"DTYPE": DTYPES[kind.dtype], "BR": kind.rows, "NB": kind.blocks, "BK": kind.block, "EXACT": kind.exact}
+def _shape(kind: Kind) -> tuple[Any, ...]:
+    """Returns the constants that every sweep ends with."""
+    return DTYPES[kind.dtype], kind.rows, kind.blocks, kind.block, kind.exact
 
 
 def group_constants(config: AutomagicConfig) -> list[float]:

@@ -122,10 +122,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
         context_loss = self._take_loss(value, loss)
-        every = [p for group in self.param_groups for p in group["params"]]
-        params = [(i, p) for i, p in enumerate(every) if p.grad is not None]
-        if params:
-            self._apply_step(params, context_loss)
+        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            self._apply_step(context_loss)
             self._adapt_when_due()
         return value
 
@@ -149,15 +147,17 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                 self.observe_loss(loss)
         return self.loss_intake.take(shared_device(self.param_groups))
 
-    def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
+    def _apply_step(self, loss: Tensor | None) -> None:
         """Looks at all gradients, steps all buckets, and prepares what the next step will use."""
         plan, groups = self._live_plan(), self.param_groups
         if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in groups):
             plan.fused.step(groups, loss, self.config.max_grad_norm, self.config.lr_pool)
             return
         shared, counters = groups[0], groups[0]["counters"]
-        grads = [p.grad for _, p in params if p.grad is not None]
-        check = check_gradients(grads, [i for i, _ in params], self.config.max_grad_norm)
+        every = [p.grad for group in groups for p in group["params"]]
+        positions = [i for i, grad in enumerate(every) if grad is not None]
+        grads = [grad for grad in every if grad is not None]
+        check = check_gradients(grads, positions, self.config.max_grad_norm)
         self._set_rates()
         gains = plan.pairs.row_gains()
         measured = []

@@ -93,17 +93,19 @@ class FusedStep:
         kernels, shared = self._current_kernels(groups), groups[0]
         self._adopt(groups)
         kernels.take_gradients()
-        kernels.take_groups(self._group_values(groups, kernels.numel_with_grad(), lr_pool))
+        kernels.take_groups(self._group_values(groups, kernels.counts, lr_pool))
         gains = self.pairs.row_gains()
         if gains:
             kernels.take_gains(gains, self.places)
-        state = shared["context_state"] if loss is not None else {}
-        self._look(kernels, state.get("multiplier", self.one), max_grad_norm)
-        measured = self._step_others(groups, gains, max_grad_norm)
-        kernels.sweep()
         shared["host_steps"] = shared.get("host_steps", 0) + 1
-        outside = self._outside(measured, kernels.totals) if measured else None
-        kernels.finish(outside, lr_pool == "global", shared["events"]["rows"] if loss is None else None)
+        with kernels.prepared(max_grad_norm, lr_pool == "global", shared["events"]["rows"] if loss is None else None):
+            if loss is not None:
+                kernels.multiplier.copy_(shared["context_state"]["multiplier"])
+            self._look_at_others(max_grad_norm)
+            kernels.look()
+            measured = self._step_others(groups, gains, max_grad_norm)
+            kernels.sweep()
+            kernels.finish()
         self.pairs.shrink_spectra([g["applied_lr"] for g in groups], kernels.finite, shared["host_steps"])
         if loss is not None:
             self._observe(groups, loss, measured)
@@ -173,22 +175,23 @@ class FusedStep:
             ]
         return values
 
-    def _look(self, kernels: Any, multiplier: Tensor, max_grad_norm: float | None) -> None:
-        """Looks at all gradients before anything is changed, those of the other buckets too."""
+    def _look_at_others(self, max_grad_norm: float | None) -> None:
+        """Looks at the gradients of the other buckets before anything is changed."""
         found = [
             (p.grad, i)
             for number in self.others
             for p, i in zip(self.buckets[number][1].params, self.buckets[number][1].positions, strict=True)
             if p.grad is not None
         ]
-        offender = square = None
+        if self.others:
+            self.kernels.outside.fill_(-1)
+            self.kernels.outside_square.zero_()
         if found:
             grads, positions = [grad for grad, _ in found], [i for _, i in found]
             check = check_gradients(grads, positions, None if max_grad_norm is None else 1.0)
-            offender = check.offender.to(self.one.device)
+            self.kernels.outside.copy_(check.offender)
             if check.norm is not None:
-                square = check.norm.to(self.one.device).square()
-        kernels.look(offender, square, multiplier, max_grad_norm)
+                self.kernels.outside_square.copy_(check.norm.square())
 
     def _step_others(
         self, groups: Sequence[dict[str, Any]], gains: Mapping[int, Tensor], max_grad_norm: float | None
@@ -201,16 +204,10 @@ class FusedStep:
             rate, finite = groups[index]["applied_lr"].to(on), self.kernels.finite.to(on)
             pool = bucket.step(StepInputs(rate, finite, clip, gains.get(number)))
             measured.append(BucketSums(index, pool, bucket.numel_with_grad()))
+        for i, line in enumerate(self.kernels.outside_pools if measured else ()):
+            pool = add_pools(line.device, [sums.pool for sums in measured if sums.group == i and sums.pool])
+            line.copy_(torch.stack([pool[name].to(line.dtype) for name in SUMS]) if pool else torch.zeros_like(line))
         return measured
-
-    def _outside(self, measured: Sequence[BucketSums], like: Tensor) -> Tensor:
-        """Adds up what the other buckets measured  # [n_groups, 3]"""
-        lines = []
-        for i in range(like.shape[0]):
-            pools = [sums.pool for sums in measured if sums.group == i and sums.pool]
-            pool = add_pools(like.device, pools)
-            lines.append(torch.stack([pool[name].to(like.dtype) for name in SUMS]) if pools else torch.zeros_like(like[i]))
-        return torch.stack(lines)
 
     def _observe(self, groups: Sequence[dict[str, Any]], loss: Tensor, measured: Sequence[BucketSums]) -> None:
         """Shows the step to the context and records what happened."""

@@ -1,6 +1,8 @@
 """The plan of a step: which parameters step together, and the tensors of the optimizer as a whole."""
 
+import itertools
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: QuantizationStrategy | None) -> None:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
+        self.seen = _look_at_params(groups)
+        self.adopted: list[Tensor] = []
         self.buckets = _sort_into_buckets(groups, strategy)
         self.pairs = PairView(groups, self.buckets)
         device = shared_device(groups)
@@ -41,19 +45,24 @@ class Plan:
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups still hold the same parameters, of the same kind, with the same options."""
-        planned = {id(p) for _, bucket in self.buckets for p in bucket.params}
-        present = {id(p) for group in groups for p in group["params"] if is_stepped(p)}
-        return (
-            planned == present
-            and self.options == [_options(group) for group in groups]
-            and all((p.device, p.dtype) == (b.device, b.dtype) for _, b in self.buckets for p in b.params)
-        )
+        return self.options == [_options(group) for group in groups] and self.seen == _look_at_params(groups)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
+        entries = itertools.chain.from_iterable(map(dict.values, state.values()))
+        if len(self.adopted) == sum(map(len, state.values())) and all(map(operator.is_, entries, self.adopted)):
+            return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
+        self.adopted = list(itertools.chain.from_iterable(map(dict.values, state.values())))
+
+
+def _look_at_params(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Returns what decides about the sorting into buckets, cheap to take and to compare."""
+    every = [p for group in groups for p in group["params"]]
+    stepped = [p.requires_grad or p.grad is not None for p in every]
+    return [list(map(id, every)), stepped, [p.dtype for p in every], [p.device for p in every]]
 
 
 def _options(group: Mapping[str, Any]) -> list[Any]:
