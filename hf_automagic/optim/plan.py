@@ -35,7 +35,7 @@ class Plan:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
         self.seen = _look_at_params(groups)
-        self.adopted: list[Tensor] = []
+        self.adopted: list[Tensor] | None = None
         self.buckets = _sort_into_buckets(groups, strategy)
         self.pairs = PairView(groups, self.buckets)
         device = shared_device(groups)
@@ -50,7 +50,8 @@ class Plan:
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
         entries = itertools.chain.from_iterable(map(dict.values, state.values()))
-        if len(self.adopted) == sum(map(len, state.values())) and all(map(operator.is_, entries, self.adopted)):
+        count = sum(map(len, state.values()))
+        if self.adopted and len(self.adopted) == count and all(map(operator.is_, entries, self.adopted)):
             return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
