@@ -78,6 +78,7 @@ class TritonStep:
         self.totals, self.outside_pools = new(3 * n_groups).view(-1, 3), new(3 * n_groups).view(-1, 3)
         self.finite, self.clip, self.multiplier = new((), torch.bool), new(()), new(()).fill_(1.0)
         self.clip.fill_(1.0)
+        self.flag = self.finite.view(torch.uint8)  # the kernels' own view
         self.outside, self.outside_square = new((), torch.int64).fill_(-1), new(())
         self.rate_views = [tuple(line.unbind()) for line in self.rates.unbind()]
         self.counter_views = list(self.control[1:].unbind())
@@ -197,12 +198,12 @@ class TritonStep:
             arguments = (of, t.table, self.grads, sums, self.control, DTYPES[kind.dtype], 1024)
             look.append(Launch(check_plain, of.numel(), arguments))
         numbers = (self.multiplier, self.outside, self.outside_square, max_norm or 0.0, max_norm is not None)
-        arguments = (self.control, self.finite, self.clip, self.groups, self.rates, sums, t.tiles, self.n_groups)
+        arguments = (self.control, self.flag, self.clip, self.groups, self.rates, sums, t.tiles, self.n_groups)
         look.append(Launch(decide, 1, (*arguments, *numbers)))
         if kinds:
-            arguments = (self.groups, parts, squares, work, self.finite, self.clip, SLICE, TILES_AT_ONCE)
+            arguments = (self.groups, parts, squares, work, self.flag, self.clip, SLICE, TILES_AT_ONCE)
             sweep.append(Launch(average_squares, n, (*some, *arguments)))
-            common = (squares, work, self.finite, self.clip)
+            common = (squares, work, self.flag, self.clip)
             sweep += [
                 matrices(
                     sum_residuals, kind, self.groups, parts, t.places, sums, t.tiles, *common,
@@ -210,9 +211,9 @@ class TritonStep:
                 )
                 for kind in reversed(kinds)
             ]  # fmt: skip
-            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.finite, SLICE, TILES_AT_ONCE)
+            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE, TILES_AT_ONCE)
             sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments)))
-            common = (squares, residuals, work, self.finite, self.clip)
+            common = (squares, residuals, work, self.flag, self.clip)
             sweep += [
                 matrices(
                     sum_steps, kind, self.groups, self.stats, sums, t.tiles, *common,
@@ -230,13 +231,13 @@ class TritonStep:
         for kind in plain:
             of = t.programs[kind]
             flags = (DTYPES[kind.dtype], 1024, kind.elements, kind.cautious, kind.rounds, kind.cautious_decay)
-            arguments = (of, t.table, self.grads, *group, self.finite, self.clip, *flags)
+            arguments = (of, t.table, self.grads, *group, self.flag, self.clip, *flags)
             sweep.append(Launch(step_plain, of.numel(), arguments))
         if t.has_log16:
-            arguments = (squares, residuals, work, self.finite, *PURPOSES.values(), SLICE)
+            arguments = (squares, residuals, work, self.flag, *PURPOSES.values(), SLICE)
             sweep.append(Launch(encode_vectors, n, (*some, *arguments)))
         arguments = (
-            t.table, self.grads, *group, self.outside_pools, self.totals, self.control, self.finite,
+            t.table, self.grads, *group, self.outside_pools, self.totals, self.control, self.flag,
             self.totals if events is None else events, len(self.numels), self.n_groups, 512, is_global,
             events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
