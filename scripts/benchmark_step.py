@@ -56,7 +56,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     sets = [name for name in SETS if name != "CPU96"] if on_gpu else ["CPU96"]
     add("--sets", nargs="+", default=sets, choices=list(SETS), help="shapes")
     add("--dtypes", nargs="+", default=list(DTYPES) if on_gpu else ["fp32"], choices=list(DTYPES))
-    add("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), help="optimizers; those not installed are left out")
+    add(
+        "--rows",
+        nargs="+",
+        default=list(ROWS),
+        choices=list(ROWS),
+        help="optimizers; those not there are left out",
+    )
     add("--device", default="cuda" if on_gpu else "cpu", choices=("cuda", "cpu"))
     add("--threads", type=int, default=1, help="torch threads on the CPU")
     add("--steps", type=int, default=50, help="steps timed")

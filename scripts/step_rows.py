@@ -117,8 +117,8 @@ ROWS = {
     "adamw_foreach": Row("torch AdamW foreach", functools.partial(_adamw, foreach=True), _loop, _EXACT),
     "bnb_adamw8bit": Row("bitsandbytes AdamW8bit", _bnb, _loop, _CODED, "bitsandbytes"),
     "bnb_lion8bit": Row(
-        "bitsandbytes Lion8bit", functools.partial(_bnb, name="Lion8bit"), functools.partial(_bnb, name="Lion"), _CODED,
-        "bitsandbytes",
+        "bitsandbytes Lion8bit", functools.partial(_bnb, name="Lion8bit"), functools.partial(_bnb, name="Lion"),
+        _CODED, "bitsandbytes",
     ),
     "torchao_adamw8bit": Row("torchao AdamW8bit", _torchao, _loop, _CODED, "torchao"),
     "flash_adamw": Row("FlashAdamW", _flash, _loop, _CODED, "flashoptim", ("cuda",)),

@@ -40,11 +40,12 @@ class StorageOptions:
         " fewer than 16 rows or columns, so that they weigh.",
         choices=("auto", "fp32", "log16"),
     )
-    backend: Literal["auto", "triton", "eager"] = option(
+    backend: Literal["auto", "triton", "compile", "eager"] = option(
         "auto",
-        "What computes the step: 'triton' a few launches over all tensors, 'eager' torch operations on stacks of "
-        "same-shaped tensors; 'auto' is triton on CUDA. What a backend cannot step goes through eager stacks.",
-        choices=("auto", "triton", "eager"),
+        "What computes the step: 'triton' a few launches over all tensors, 'compile' one graph for each kind of "
+        "tensor, 'eager' torch operations on stacks of same-shaped tensors; 'auto' is triton on CUDA, else eager. "
+        "What a backend cannot step goes through eager stacks.",
+        choices=("auto", "triton", "compile", "eager"),
     )
     min_8bit_size: int = option(4096, "Parameters with fewer elements keep their states in fp32.", low=0)
     mixed_precision: bool = option(

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from .fields import RATES_WIDTH  # noqa: F401
-
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 HALF_MAX = tl.constexpr(65504.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-14)
@@ -36,11 +34,6 @@ def step_key(seed, number, step):
 def random_bits(key, position):
     """Uniform 32 bits for each position, `rounding.random_bits`  # uint32"""
     return mix(position.to(tl.uint32) * 0x9E3779B1 + key)
-
-
-@triton.jit
-def is_finite(x):
-    return tl.abs(x) <= FLOAT_MAX
 
 
 @triton.jit
@@ -76,7 +69,17 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def load_momentum(line_codes, scale_address, zero_address, offsets, shared, mask, shared_mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+def load_momentum(
+    line_codes,
+    scale_address,
+    zero_address,
+    offsets,
+    shared,
+    mask,
+    shared_mask,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Decodes momenta: KIND 0 float32, 1 softsign, 2 affine."""
     if KIND == 0:
         plain = line_codes.to(tl.pointer_type(tl.float32))
@@ -101,7 +104,18 @@ def load_momentum(line_codes, scale_address, zero_address, offsets, shared, mask
 
 
 @triton.jit
-def store_momentum(value, line_codes, scale_address, zero_address, offsets, shared, mask, shared_mask, KIND: tl.constexpr, ALIGNED: tl.constexpr):
+def store_momentum(
+    value,
+    line_codes,
+    scale_address,
+    zero_address,
+    offsets,
+    shared,
+    mask,
+    shared_mask,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     """Encodes momenta [rows, blocks, block] to the nearest codes; elements outside the mask are zero."""
     if KIND == 0:
         plain = line_codes.to(tl.pointer_type(tl.float32))
@@ -136,7 +150,7 @@ def store_momentum(value, line_codes, scale_address, zero_address, offsets, shar
 @triton.jit
 def round_randomly(value, bits, DTYPE: tl.constexpr):
     """Rounds float32 to a neighbour in bfloat16 or float16, `rounding.round_stochastically`."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         pattern = value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
         rounded = (pattern & 0xFFFF0000).to(tl.float32, bitcast=True)
         return tl.where(tl.abs(rounded) <= 3.3895313892515355e38, rounded, value)

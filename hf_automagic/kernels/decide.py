@@ -28,7 +28,9 @@ def decide(
         lr = tl.load(group + f.LR)
         m = tl.where(tl.load(group + f.IN_CONTEXT) > 0, tl.load(multiplier), 1.0)
         tuned = tl.load(group + f.INITIAL_LR) * tl.exp(tl.load(rate + f.LOG_RATE))
-        tuned = tl.minimum(tl.maximum(tuned, tl.load(group + f.MIN_LR)), tl.load(group + f.MAX_LR) / tl.maximum(m, 1.0))
+        tuned = tl.minimum(
+            tl.maximum(tuned, tl.load(group + f.MIN_LR)), tl.load(group + f.MAX_LR) / tl.maximum(m, 1.0)
+        )
         base = tl.where(tl.load(group + f.IS_TUNED) > 0, tl.load(group + f.SCHEDULE) * tuned, lr)
         warmup = tl.load(group + f.WARMUP)
         base = tl.where(warmup > 0, base * tl.minimum((applied + 1.0) / tl.maximum(warmup, 1.0), 1.0), base)

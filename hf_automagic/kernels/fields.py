@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-# int64, one line for each tensor. Addresses are bytes; 0 is none. A vector's address below zero is -1 - place in `work`.
+# int64, one line for each tensor. Addresses are bytes, 0 is none; a vector's below zero is -1 - its place in `work`.
 PARAM = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)  # codes, or float32
 SCALE = tl.constexpr(2)

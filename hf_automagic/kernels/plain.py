@@ -131,7 +131,5 @@ def step_plain(
             update = update * tl.exp(k * LOG_RATIO)
         tl.store(moments + place, moment, mask=mask)
         tl.store(momenta + place, new, mask=mask)
-        shrink_and_store(
-            param, place, mask, update, lr, tl.load(group + f.DECAY), key, DTYPE, ROUND, CAUTIOUS_DECAY
-        )
+        shrink_and_store(param, place, mask, update, lr, tl.load(group + f.DECAY), key, DTYPE, ROUND, CAUTIOUS_DECAY)
         start += SIZE

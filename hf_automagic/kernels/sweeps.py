@@ -1,8 +1,8 @@
 """The four sweeps over all matrices: squares, residuals, the direction's length, the write.
 
-Each program owns a tile and walks down its rows. What crosses tiles is written to `parts` (rows and columns) and `sums`
-(one number for each tile), added up by a later launch in a fixed order: never by atomics, so that two runs give the
-same bits.
+Each program owns a tile and walks down its rows. What crosses tiles is written to `parts` (rows and columns) and to
+`sums` (one number for each tile), added up by a later launch in a fixed order: never by atomics, so that two runs give
+the same bits.
 """
 
 import triton
@@ -13,10 +13,6 @@ from .arithmetic import (
     FLOAT_MAX,
     load_momentum,
     one_minus_power,
-    random_bits,
-    round_randomly,
-    step_key,
-    store_momentum,
 )
 from .tiles import column_factor, find_tile, row_factor, sum_of, typed, vector_at
 

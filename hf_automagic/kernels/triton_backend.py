@@ -21,7 +21,7 @@ Every other sweep runs backwards, so that it begins with what the cache still ho
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch

@@ -1,6 +1,7 @@
 """Row and column averages between the sweeps: partial sums become averages, and averages codes of 16 bits.
 
-A program owns a slice of one vector. Sums over a whole vector are the sums of its slices, added up by whoever needs them.
+A program owns a slice of one vector. Sums over a whole vector are the sums of its slices, added up by whoever needs
+them.
 """
 
 import triton
@@ -69,7 +70,9 @@ def _read(line, number, work, place, mask):
 
 
 @triton.jit
-def average_squares(slices, table, grads, groups, parts, slice_sums, work, finite, clip, VS: tl.constexpr, TC: tl.constexpr):
+def average_squares(
+    slices, table, grads, groups, parts, slice_sums, work, finite, clip, VS: tl.constexpr, TC: tl.constexpr
+):
     """After sweep 1: R and C, the averages of g^2 over rows and columns."""
     tensor, line, side, first, length, other, count, part = _slice_of(slices, table)
     if (tl.load(grads + tensor) == 0) | (tl.load(finite) == 0):

@@ -4,13 +4,32 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import load_momentum, one_minus_power, random_bits, round_even, round_randomly, step_key, store_momentum
+from .arithmetic import (
+    load_momentum,
+    one_minus_power,
+    random_bits,
+    round_even,
+    round_randomly,
+    step_key,
+    store_momentum,
+)
 from .sweeps import CENTRE, LOG_RATIO, confidence, voted
 from .tiles import column_factor, find_tile, row_factor, sum_of, typed, vector_at
 
 
 @triton.jit
-def shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE: tl.constexpr, ROUND: tl.constexpr, CAUTIOUS_DECAY: tl.constexpr):
+def shrink_and_store(
+    param,
+    offsets,
+    mask,
+    update,
+    lr,
+    decay,
+    key,
+    DTYPE: tl.constexpr,
+    ROUND: tl.constexpr,
+    CAUTIOUS_DECAY: tl.constexpr,
+):
     """Subtracts the update and the decay from the weights, and rounds them as their dtype needs."""
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
     if decay > 0:

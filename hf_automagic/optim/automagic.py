@@ -240,6 +240,13 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         """Returns a table of the groups: what was found, how it is stored and the rate each really gets."""
         return describe(self)
 
+    def backends(self) -> dict[tuple[str, str], int]:
+        """Counts the parameters that each backend steps: (backend, why no faster one) -> parameters."""
+        plan, counts = self._current_plan(), dict[tuple[str, str], int]()
+        for choice, (_, bucket) in zip(plan.backends, plan.buckets, strict=True):
+            counts[choice] = counts.get(choice, 0) + len(bucket.params)
+        return counts
+
     def state_dict(self) -> dict[str, Any]:
         """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage."""
         return pack_state(super().state_dict())

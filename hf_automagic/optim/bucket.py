@@ -1,12 +1,14 @@
 """Buckets: same-shaped parameters stepped together, gather -> decode -> chain -> encode -> scatter."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import AutomagicConfig
+from ..kernels.compile_backend import StackedStep, compile_step, stack_of
 from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, round_stochastically, step_keys
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
@@ -66,6 +68,18 @@ class Bucket:
         self.stacks: dict[str, Tensor] = {}
         self.views: list[dict[str, Tensor]] = []
         self.keys = torch.tensor(self.positions, dtype=torch.int64, device=self.device)
+        self.graph: Callable[..., Any] | None = None  # the chain as one compiled function, see `compile`
+        self.heights: set[int] = set()  # of the stacks that it was compiled for
+
+    def compile(self) -> None:
+        """Steps whole chunks through one graph from now on, where torch.compile runs."""
+        layout, config = self.layout, self.config
+        plan = (self.chain, self.stored, layout.rows, layout.cols, self.dtype, self.work_dtype)
+        numbers = tuple(stored.number for stored in self.stored)
+        step = StackedStep(*plan, config.seed, config.stochastic_rounding, numbers)
+        self.graph = compile_step(step, self.device)
+        chunks = self._chunks(0, len(self.params)) if layout.shape.numel() else ()
+        self.heights = {last - first for first, last, rows in chunks if len(rows) == 1}
 
     def adopt(self, states: Sequence[dict[str, Tensor]]) -> int:
         """Makes the stacks hold what `optimizer.state[p]` holds; costs a comparison where nothing was replaced.
@@ -105,7 +119,11 @@ class Bucket:
         pool: dict[str, Tensor] = {}
         for start, stop in self._runs():
             for first, last, rows in self._chunks(start, stop):
-                for name, value in self._step_chunk(slice(first, last), rows, inputs).items():
+                if self.graph is not None and last - first in self.heights:
+                    sums = self._step_graph(slice(first, last), inputs)
+                else:
+                    sums = self._step_chunk(slice(first, last), rows, inputs)
+                for name, value in sums.items():
                     pool[name] = pool[name] + value if name in pool else value
         return pool
 
@@ -141,6 +159,22 @@ class Bucket:
         rows = [slice(r, min(r + height, self.layout.rows)) for r in range(0, self.layout.rows, height)]
         for first in range(start, stop):
             yield first, first + 1, rows
+
+    def _step_graph(self, chunk: slice, inputs: StepInputs) -> dict[str, Tensor]:
+        """Steps a chunk of whole matrices through the compiled chain."""
+        assert self.graph is not None
+        params, cols = self.params[chunk], self.layout.cols
+        grads = stack_of([p.grad for p in params if p.grad is not None], cols)
+        fields = {name: stack[chunk] for name, stack in self.stacks.items()}
+        gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
+        written, new, pool = self.graph(
+            grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
+        )
+        for name, value in new.items():
+            fields[name].copy_(value)
+        for param, value in zip(params, written.unbind(), strict=True):
+            param.copy_(value.view(param.shape))
+        return pool
 
     def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> dict[str, Tensor]:
         step = self.stacks["step"][chunk] + inputs.finite

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.compile_backend import find_compile_problem
 from ..kernels.support import find_obstacle
 from ..transforms.self_tuning import MeasureAgreement
 from .bucket import Bucket, StepInputs
@@ -47,6 +48,9 @@ def choose_backend(bucket: Bucket, device: torch.device) -> tuple[str, str]:
     wished = bucket.config.backend
     if wished == "eager" or (wished == "auto" and bucket.device.type != "cuda"):
         return "eager", ""
+    if wished == "compile":
+        problem = find_compile_problem(bucket.device.type)
+        return ("compile", "") if problem is None else ("eager", problem)
     obstacle = find_obstacle(bucket) or (None if bucket.device == device else "on another device")
     obstacle = obstacle or find_triton_problem()
     return ("triton", "") if obstacle is None else ("eager", obstacle)
@@ -144,9 +148,7 @@ class FusedStep:
         if not shared["events"]["rows"].is_contiguous():
             shared["events"]["rows"] = shared["events"]["rows"].contiguous()
 
-    def _group_values(
-        self, groups: Sequence[dict[str, Any]], numels: Sequence[int], lr_pool: str
-    ) -> list[float]:
+    def _group_values(self, groups: Sequence[dict[str, Any]], numels: Sequence[int], lr_pool: str) -> list[float]:
         """Writes the groups' lines of `kernels.fields`, from LR on."""
         others = [0] * len(groups)
         for number in self.others:

@@ -40,6 +40,9 @@ class Plan:
         self.pairs = PairView(groups, self.buckets)
         device = shared_device(groups)
         self.backends = [choose_backend(bucket, device) for _, bucket in self.buckets]
+        for (name, _), (_, bucket) in zip(self.backends, self.buckets, strict=True):
+            if name == "compile":
+                bucket.compile()
         fused = [number for number, (name, _) in enumerate(self.backends) if name == "triton"]
         self.fused = FusedStep(groups, self.buckets, self.pairs, fused) if fused else None
 
