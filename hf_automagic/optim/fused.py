@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.compile_backend import find_compile_problem
+from ..kernels.compile_backend import find_compile_obstacle
 from ..kernels.support import find_obstacle
 from ..transforms.self_tuning import MeasureAgreement
 from .bucket import Bucket, StepInputs
@@ -49,7 +49,7 @@ def choose_backend(bucket: Bucket, device: torch.device) -> tuple[str, str]:
     if wished == "eager" or (wished == "auto" and bucket.device.type != "cuda"):
         return "eager", ""
     if wished == "compile":
-        problem = find_compile_problem(bucket.device.type)
+        problem = find_compile_obstacle(bucket)
         return ("compile", "") if problem is None else ("eager", problem)
     obstacle = find_obstacle(bucket) or (None if bucket.device == device else "on another device")
     obstacle = obstacle or find_triton_problem()
