@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from hf_automagic import Automagic
 
@@ -275,8 +276,6 @@ def test_a_fused_step_asks_the_device_nothing_and_launches_little(case: Case):
         optimizer.step(loss=loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         optimizer.step(loss=loss)
     launched = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -295,8 +294,6 @@ def test_a_lora_takes_at_most_24_launches_whatever_its_depth(layers):
         p.grad = torch.randn_like(p)
     for _ in range(2):
         optimizer.step()
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
         optimizer.step()
     assert sum(e.device_type == torch.autograd.DeviceType.CUDA for e in recorded.events()) <= 24

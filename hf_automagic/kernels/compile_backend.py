@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import EncodeContext, keys_for, random_bits, round_stochastically, step_keys
-from ..transforms.core import StepContext, Transform, run_chain
+from ..transforms.core import ChainResult, StepContext, Transform, run_chain
 from .support import Stacked
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class StackedStep:
         context = StepContext(grad, param, step, lr, self.rows, self.cols, 0, gain)
         state = {s.spec.name: s.decode(self._of(s, fields), self.work_dtype) for s in self.stored}
         result = run_chain(self.chain, grad, state, context)
+        assert isinstance(result, ChainResult)  # not sums alone: these are whole matrices
         drawn = step_keys(self.seed, keys, step)
         new = {"step": step}
         for stored, number in zip(self.stored, self.numbers, strict=True):
@@ -111,8 +112,8 @@ def compile_step(step: StackedStep, device: torch.device) -> Callable[..., Any] 
 def find_compile_obstacle(bucket: Stacked) -> str | None:
     """Returns why a bucket is not compiled, in a few words; None where it can be.
 
-    Rows whose last block is short come out of the fused graph with wrong codes there (torch 2.13, on the CPU), although
-    each operation alone is right; see tests/test_compile_backend.py.
+    Rows whose last block is short come out of the whole graph with wrong codes there (torch 2.13, on the CPU),
+    although each operation compiled alone is right.
     """
     codecs = [stored.codec for stored in bucket.stored if stored.spec.shape == "matrix" and stored.codec is not None]
     blocks = [getattr(getattr(codec, "codec", codec), "block_size", 1) for codec in codecs]

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# the types of triton.jit functions are of the compiler that runs them, not of Python
 """Parameters without rows to share, biases and norms: one program steps a whole one, with a full second moment."""
 
 import triton

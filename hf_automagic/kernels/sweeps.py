@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# the types of triton.jit functions are of the compiler that runs them, not of Python
 """The four sweeps over all matrices: squares, residuals, the direction's length, the write.
 
 Each program owns a tile and walks down its rows. What crosses tiles is written to `parts` (rows and columns) and to

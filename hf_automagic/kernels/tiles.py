@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# the types of triton.jit functions are of the compiler that runs them, not of Python
 """Where a program works: a tile of a matrix, and the factors that its rows and columns bring."""
 
 import triton

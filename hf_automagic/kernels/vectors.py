@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# the types of triton.jit functions are of the compiler that runs them, not of Python
 """Row and column averages between the sweeps: partial sums become averages, and averages codes of 16 bits.
 
 A program owns a slice of one vector. Sums over a whole vector are the sums of its slices, added up by whoever needs

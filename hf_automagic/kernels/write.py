@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# the types of triton.jit functions are of the compiler that runs them, not of Python
 """The last sweep: momenta, element rates and weights are written."""
 
 import triton

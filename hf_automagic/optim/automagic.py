@@ -242,7 +242,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     def backends(self) -> dict[tuple[str, str], int]:
         """Counts the parameters that each backend steps: (backend, why no faster one) -> parameters."""
-        plan, counts = self._current_plan(), dict[tuple[str, str], int]()
+        known = self._plan is not None and self._plan.is_current(self.param_groups)
+        plan = self._plan if known and self._plan else Plan(self.param_groups, self.quantization_strategy)
+        counts: dict[tuple[str, str], int] = {}
         for choice, (_, bucket) in zip(plan.backends, plan.buckets, strict=True):
             counts[choice] = counts.get(choice, 0) + len(bucket.params)
         return counts

@@ -119,10 +119,9 @@ class Bucket:
         pool: dict[str, Tensor] = {}
         for start, stop in self._runs():
             for first, last, rows in self._chunks(start, stop):
-                if self.graph is not None and last - first in self.heights:
-                    sums = self._step_graph(slice(first, last), inputs)
-                else:
-                    sums = self._step_chunk(slice(first, last), rows, inputs)
+                compiled = self.graph is not None and last - first in self.heights
+                chunk = slice(first, last)
+                sums = self._step_graph(chunk, inputs) if compiled else self._step_chunk(chunk, rows, inputs)
                 for name, value in sums.items():
                     pool[name] = pool[name] + value if name in pool else value
         return pool
@@ -162,12 +161,11 @@ class Bucket:
 
     def _step_graph(self, chunk: slice, inputs: StepInputs) -> dict[str, Tensor]:
         """Steps a chunk of whole matrices through the compiled chain."""
-        assert self.graph is not None
         params, cols = self.params[chunk], self.layout.cols
         grads = stack_of([p.grad for p in params if p.grad is not None], cols)
         fields = {name: stack[chunk] for name, stack in self.stacks.items()}
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
-        written, new, pool = self.graph(
+        written, new, pool = self.graph(  # pyright: ignore[reportOptionalCall]
             grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
         )
         for name, value in new.items():

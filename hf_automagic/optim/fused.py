@@ -21,7 +21,7 @@ from .pairs import PairView
 from .tuning import BucketSums, add_pools, pools_of_groups
 
 logger = logging.getLogger(__name__)
-SUMS = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
+SUMS: tuple[str, ...] = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
 COUNTERS = ("applied", "skipped", "consecutive", "offender")  # columns 1 to 4 of the control block
 
 
