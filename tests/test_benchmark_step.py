@@ -40,5 +40,5 @@ def test_a_line_measured_again_replaces_the_older_one(tmp_path: Path):
         run_script("--sets", "CPU96", "--rows", "adamw_fused", "eager", "--steps", "2", "--output_dir", str(tmp_path),
                    "--device", "cpu", "--dtypes", "fp32")  # fmt: skip
     measured = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
-    assert [record["row"] for record in measured] == ["adamw_fused", "eager"] or len(measured) == 2
+    assert [record["row"] for record in measured] == ["adamw_fused", "eager"]
     assert all(record["way"] < 0.1 for record in measured)
