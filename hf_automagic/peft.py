@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -100,7 +101,14 @@ def _groups(found: Iterable[NamedRole], weight_decay: float) -> list[dict[str, A
             meshes.append(mesh)
         place = list(Role).index(member.role)
         groups[place, member.adapter, member.is_full_weight, not member.decays, meshes.index(mesh)].append(member)
-    return [_group(groups[key], weight_decay) for key in sorted(groups)]
+    width = _width([member for group in groups.values() for member in group])
+    return [_group(groups[key], weight_decay) | {"width": width} for key in sorted(groups)]
+
+
+def _width(members: Sequence[NamedRole]) -> float | None:
+    """Returns the median number of inputs of the layers that train, None where no parameter tells it."""
+    telling = [m.param.shape[1:].numel() for m in members if m.role in (Role.LORA_A, Role.FULL) and m.param.ndim > 1]
+    return float(statistics.median(telling)) if telling else None
 
 
 def _group(members: Sequence[NamedRole], weight_decay: float) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from hf_automagic import Automagic
+from hf_automagic import Automagic, AutomagicConfig
+from hf_automagic.optim.roles import Role
 from tests.reference import Pair, ParamOptions, ReferenceConfig, ReferenceOptimizer
 
 
@@ -19,20 +20,30 @@ class Case:
     tolerance: float = 2e-5  # of the distance that the weights went
 
 
-TUNED = {"self_tuning": True, "kappa": 0.3, "drift": 0.5, "betas": (0.8, 0.99, 0.999)}
+TUNED = {"self_tuning": True, "search": False, "rail_steps": 100, "betas": (0.8, 0.99, 0.999)}
+SEARCHED = TUNED | {"search": True, "kappa": 0.3, "drift": 0.5}
 PLAIN = {"quantize_states": False}
+SEARCH = PLAIN | {"lr_search": True}
 
 CASES = [
     Case("default in fp32", PLAIN, TUNED),
     Case("default", {}, TUNED, tolerance=2e-2),  # a code on the edge between two may fall to either side
-    Case("no drift", PLAIN | {"lr_drift": 0.0}, TUNED | {"drift": 0.0}),
+    Case("a rail that falls early", PLAIN | {"rail_steps": 3}, TUNED | {"rail_steps": 3}),
+    Case("a rail that stays", PLAIN | {"rail_steps": 0}, TUNED | {"rail_steps": 0}),
+    Case("search", SEARCH, SEARCHED),
+    Case("search without drift", SEARCH | {"lr_drift": 0.0}, SEARCHED | {"drift": 0.0}),
     Case("longer betas", PLAIN | {"betas": (0.9, 0.999, 0.9999)}, TUNED | {"betas": (0.9, 0.999, 0.9999)}),
     Case("your own rate", PLAIN | {"self_tuning": False}, {"betas": (0.8, 0.99, 0.999)}),
-    Case("a rate for each group", PLAIN | {"lr_pool": "group"}, TUNED | {"lr_pool": "group"}),
+    Case("a search for each group", SEARCH | {"lr_pool": "group"}, SEARCHED | {"lr_pool": "group"}),
     Case(
         "element rates",
         PLAIN | {"lr_granularity": "element", "sync_frequency": 5},
         TUNED | {"granularity": "element", "sync_frequency": 5},
+    ),
+    Case(
+        "element rates around a search",
+        SEARCH | {"lr_granularity": "element", "sync_frequency": 5},
+        SEARCHED | {"granularity": "element", "sync_frequency": 5},
     ),
     Case("weight decay", PLAIN | {"weight_decay": 0.1}, TUNED),
     Case("full second moment", PLAIN | {"factored": False}, TUNED | {"factored": False}),
@@ -83,6 +94,7 @@ class Twins:
     def _options(self, i: int, param: torch.Tensor, case: Case) -> ParamOptions:
         return ParamOptions(
             lr=START_RATES[i % 2],
+            max_lr=AutomagicConfig.max_lr * Role.ADAPTER.rail_scale(False, None),
             weight_decay=case.options.get("weight_decay", 0.0),
             group=str(i % 2),
             quantized=case.options.get("quantize_states", True) and param.numel() >= 4096,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_automagic import Automagic, AutomagicConfig, create_automagic_optimizer
+from hf_automagic.optim.bucket import CHUNK_BYTES
 from hf_automagic.reporting.rates import read_at_once, summarize_rates, unwrap_optimizer
 from hf_automagic.reporting.snapshot import OptimizerSnapshot
 from hf_automagic.transforms.self_tuning import element_factor
@@ -92,6 +93,22 @@ def test_the_saturated_share_counts_the_codes_at_the_end_of_their_range():
     share = sum(abs(code) == 127 for code in codes.tolist()) / codes.numel()
     assert OptimizerSnapshot.take(optimizer).saturated_fraction == pytest.approx(share)
     assert share > 0
+
+
+def test_the_update_rms_is_that_of_the_change_of_the_weights(monkeypatch):
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 4 * 16 * 5)  # the largest matrix is swept in pieces
+    optimizer = two_roles()
+    take_steps(optimizer)
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    take_steps(optimizer, 1)
+    snapshot = OptimizerSnapshot.take(optimizer)
+    after = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+    assert snapshot.update_rms == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-3)
+    optimizer.param_groups[1]["params"][0].grad[0, 0] = torch.nan
+    optimizer.step()
+    assert OptimizerSnapshot.take(optimizer).update_rms == snapshot.update_rms
+    assert snapshot.as_logs()["optim/update_rms"] == snapshot.update_rms > 0
 
 
 @pytest.mark.parametrize(("log_rate", "position"), [(-math.inf, 0.0), (math.log(10) / 2, 0.875), (math.inf, 1.0)])

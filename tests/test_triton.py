@@ -47,14 +47,15 @@ class Case:
 
 CASES = [
     Case("default", {}, missing={2: (0, 3), 3: (1,)}),
-    Case("fp32 states", {"quantize_states": False}),
+    Case("fp32 states", {"quantize_states": False, "rail_steps": 2}),
     Case("balanced", {"lr_granularity": "element", "sync_frequency": 2}, missing={1: (1,)}),
     Case("aggressive", {"vector_precision": "log16"}, missing={2: (0, 3)}),
     Case("affine", {"codec": "affine", "block_size": 64, "warmup_steps": 3}),
     Case("clipped by norm", {"max_grad_norm": 0.01}, missing={2: (0, 3)}, zero=(0,)),
     Case("a broken gradient", {}, broken=(1, 2), zero=(0,)),
     Case("cautious", {"cautious": True, "weight_decay": 0.1, "weight_decay_mode": "cautious"}),
-    Case("decay", {"weight_decay": 0.1, "lr_pool": "group", "betas": (0.0, 0.9, 0.99)}),
+    Case("decay", {"weight_decay": 0.1, "lr_search": True, "lr_pool": "group", "betas": (0.0, 0.9, 0.99)}),
+    Case("a search", {"lr_search": True}, missing={2: (0, 3)}, broken=(1,)),
     Case("context", {"context": True}, losses=True, broken=(2,)),
     Case("the user's rate", {"self_tuning": False}),
     Case(
@@ -111,7 +112,7 @@ def assert_alike(eager: Automagic, fused: Automagic, starts: list[torch.Tensor],
         for name, value in eager.state[p].items():
             _assert_state(name, value, fused.state[q][name], deep)
     for mine, other in zip(eager.param_groups, fused.param_groups, strict=True):
-        for name in ("log_rate", "base_lr", "applied_lr"):
+        for name in ("log_rate", "base_lr", "applied_lr", "update_rms"):
             torch.testing.assert_close(mine[name], other[name], rtol=1e-4 * deep, atol=1e-6)
     assert {k: int(v) for k, v in eager.param_groups[0]["counters"].items()} == {
         k: int(v) for k, v in fused.param_groups[0]["counters"].items()

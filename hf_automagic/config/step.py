@@ -12,22 +12,32 @@ class StepOptions:
 
     # the rate
     lr: float = option(
-        5e-5, "Where the search for the learning rate starts; the plain rate where self_tuning is off.", low=0
+        5e-5,
+        "The plain rate where self_tuning is off, and where lr_search starts. Otherwise it has no effect: what a "
+        "scheduler does to it multiplies the tuned rate, its height does not matter.",
+        low=0,
     )
-    min_lr: float = option(1e-7, "Lower rail of the tuned rate of adapters and new modules.", low=0)
+    min_lr: float = option(1e-7, "Lower rail of the rate in lr_search.", low=0)
     max_lr: float = option(
-        1e-3,
-        "Upper rail of the tuned rate of adapters and new modules. Raise it for a task that still improves at "
-        "the rail; lower it when a run diverges.",
+        3e-4,
+        "The rate, and the upper rail of lr_search, of LoRA's A and of pretrained weights in a model of width 384. "
+        "Roles and widths scale it (`optim.roles`): B of a LoRA and new heads 8 times. Raise it for a task that "
+        "learns too slowly; lower it when a run diverges.",
         low=0,
     )
-    full_weight_lr_scale: float = option(
-        0.1,
-        "Full weights and embeddings use both rails times this: a full fine-tune wants about a tenth of a "
-        "LoRA's rate.",
+    rail_steps: int = option(
+        100,
+        "After so many steps the tuned rate falls as 1 / sqrt(steps), as AdaGrad's does: long runs on little data "
+        "memorise less. 0 keeps it up. Smaller falls earlier.",
         low=0,
     )
-    self_tuning: bool = option(True, "Tunes the rate between the rails; off, the rate is the user's.")
+    self_tuning: bool = option(
+        True, "The rate follows from a parameter's role, its model's width and the step; off, the rate is the user's."
+    )
+    lr_search: bool = option(
+        False,
+        "Starts at lr and climbs to the rail while gradients agree with the momentum. No task measured gained from it.",
+    )
     lr_granularity: Literal["tensor", "element"] = option(
         "tensor",
         "'element' adds a bounded rate to every single weight (the seeds' lr_mask, one byte each) around the "
@@ -35,19 +45,21 @@ class StepOptions:
         choices=("tensor", "element"),
     )
     lr_pool: Literal["global", "group"] = option(
-        "global", "Which parameters share one tuned rate: all, or those of a param group.", choices=("global", "group")
+        "global",
+        "In lr_search: which parameters share one search, all or those of a param group.",
+        choices=("global", "group"),
     )
     lr_speed: float = option(
         0.3,
-        "Change of the tuned rate's logarithm in a step at full agreement of gradient and momentum: 0.3 crosses a "
-        "decade in 8 steps, 5 with the drift. Larger arrives sooner and jitters more.",
+        "In lr_search: the change of the rate's logarithm in a step at full agreement of gradient and momentum; 0.3 "
+        "crosses a decade in 8 steps, 5 with the drift. Larger arrives sooner and jitters more.",
         low=0,
         high=2.3,
     )
     lr_drift: float = option(
         0.5,
-        "How readily the rate rises: what the agreement, from -1 to 1, is lifted by. 0 lets it wander where gradients "
-        "tell nothing, which ended 3 to 10% higher on three tasks; 1 never lowers it.",
+        "In lr_search: how readily the rate rises, what the agreement, from -1 to 1, is lifted by. 0 lets it wander "
+        "where gradients tell nothing, which ended 3 to 10% higher on three tasks; 1 never lowers it.",
         low=0,
         high=1,
     )
@@ -60,7 +72,8 @@ class StepOptions:
     )
     loraplus_lr_ratio: float = option(
         1.0,
-        "LoRA B steps at this multiple of A's rate and upper rail (LoRA+, arXiv 2402.12354, suggests 2 to 20).",
+        "LoRA B steps at this multiple of what it would (LoRA+, arXiv 2402.12354). Its rail holds a ratio of 8 to A's "
+        "already; where self_tuning is off, LoRA+ suggests 2 to 20.",
         low=1e-3,
     )
     warmup_steps: int = option(

@@ -58,8 +58,8 @@ class StackedStep:
         finite: Tensor,
         clip: Tensor | None,
         gain: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the new weights [n, rows, cols], the new stored tensors and the pooled sums.
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Returns the new weights [n, rows, cols], the new stored tensors, the pooled sums and the sum of update^2.
 
         Args:
             grad: [n, rows, cols], in the dtype of the weights, as `param` is.
@@ -91,7 +91,7 @@ class StackedStep:
         if self.rounds and self.dtype in FEW_BITS:
             bits = random_bits(drawn, 0, self.rows * self.cols)
             written = round_stochastically(written, self.dtype, bits.view(written.shape))
-        return written.to(self.dtype), new, result.pool
+        return written.to(self.dtype), new, result.pool, result.update.square().sum()
 
     def _of(self, stored: Any, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: fields[name] for name in stored.fields(self.rows, self.cols)}

@@ -27,11 +27,13 @@ def decide(
         group, rate = groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH
         lr = tl.load(group + f.LR)
         m = tl.where(tl.load(group + f.IN_CONTEXT) > 0, tl.load(multiplier), 1.0)
-        tuned = tl.load(group + f.INITIAL_LR) * tl.exp(tl.load(rate + f.LOG_RATE))
-        tuned = tl.minimum(
-            tl.maximum(tuned, tl.load(group + f.MIN_LR)), tl.load(group + f.MAX_LR) / tl.maximum(m, 1.0)
-        )
-        base = tl.where(tl.load(group + f.IS_TUNED) > 0, tl.load(group + f.SCHEDULE) * tuned, lr)
+        rail = tl.load(group + f.MAX_LR) / tl.maximum(m, 1.0)
+        searched = tl.load(group + f.INITIAL_LR) * tl.exp(tl.load(rate + f.LOG_RATE))
+        searched = tl.minimum(tl.maximum(searched, tl.load(group + f.MIN_LR)), rail)
+        tuned = tl.load(group + f.SCHEDULE) * tl.where(tl.load(group + f.SEARCHES) > 0, searched, rail)
+        rail_steps = tl.load(group + f.RAIL_STEPS)
+        tuned = tl.where(rail_steps > 0, tuned * tl.minimum(tl.sqrt(rail_steps / (applied + 1.0)), 1.0), tuned)
+        base = tl.where(tl.load(group + f.IS_TUNED) > 0, tuned, lr)
         warmup = tl.load(group + f.WARMUP)
         base = tl.where(warmup > 0, base * tl.minimum((applied + 1.0) / tl.maximum(warmup, 1.0), 1.0), base)
         tl.store(rate + f.BASE_LR, base)
@@ -57,7 +59,7 @@ def _group_sums(table, grads, stats, pools, n_tensors, i, SIZE: tl.constexpr):
         update += tl.load(seen + f.UPDATE, mask=mine, other=0.0)
         square += tl.load(seen + f.SQUARE, mask=mine, other=0.0)
         start += SIZE
-    own = pools + 3 * i
+    own = pools + i * f.POOL_WIDTH
     return (
         tl.sum(agreement, 0) + tl.load(own),
         tl.sum(update, 0) + tl.load(own + 1),
@@ -75,7 +77,7 @@ def _retune(group, rate, agreement, update, square):
     change = tl.where(update > 0, tl.load(group + f.SPEED) * (vote + tl.load(group + f.DRIFT)), 0.0)
     moved = tl.load(rate + f.LOG_RATE) + change
     moved = tl.minimum(tl.maximum(moved, tl.load(group + f.LOWEST)), tl.load(group + f.HIGHEST))
-    if (tl.load(group + f.IS_TUNED) > 0) & (tl.load(group + f.HAS_POOL) > 0):
+    if tl.load(group + f.HAS_POOL) > 0:
         tl.store(rate + f.LOG_RATE, moved)
 
 
@@ -97,34 +99,46 @@ def _record(control, events, capacity, applied, skipped, run, offender):
 
 @triton.jit
 def finish(
-    table, grads, groups, rates, stats, pools, totals, control, finite, events, n_tensors, n_groups,
-    SIZE: tl.constexpr, GLOBAL: tl.constexpr, RECORD: tl.constexpr, CAPACITY: tl.constexpr,
+    table, grads, groups, rates, stats, sums, n_tiles, ranges, pools, totals, control, finite, events, n_tensors,
+    n_groups, SIZE: tl.constexpr, MEASURES: tl.constexpr, GLOBAL: tl.constexpr, RECORD: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """Counts the step, tunes the rates of the next one, and gives each group's pooled sums to the context."""
+    """Counts the step and measures its length, tunes the rates of the next one, gives the context its sums."""
     is_finite = tl.load(finite) != 0
-    agreement = tl.zeros((), tl.float32)
-    update = tl.zeros((), tl.float32)
-    square = tl.zeros((), tl.float32)
-    i = tl.zeros((), tl.int32)
-    while i < n_groups:
-        a, u, m = _group_sums(table, grads, stats, pools, n_tensors, i, SIZE)
-        tl.store(totals + 3 * i, a)
-        tl.store(totals + 3 * i + 1, u)
-        tl.store(totals + 3 * i + 2, m)
-        tuned = tl.load(groups + i * f.GROUP_WIDTH + f.IS_TUNED) > 0
-        agreement += tl.where(tuned, a, 0.0)
-        update += tl.where(tuned, u, 0.0)
-        square += tl.where(tuned, m, 0.0)
-        if not GLOBAL:
-            if is_finite:
-                _retune(groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH, a, u, m)
-        i += 1
-    if GLOBAL:
+    if is_finite:
         i = tl.zeros((), tl.int32)
         while i < n_groups:
-            if is_finite:
-                _retune(groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH, agreement, update, square)
+            first = tl.load(ranges + 2 * i)
+            changes = sum_of(sums + f.SUM_CHANGE * n_tiles + first, tl.load(ranges + 2 * i + 1) - first, 1024)
+            changes += tl.load(pools + i * f.POOL_WIDTH + f.CHANGE)
+            numel = tl.load(groups + i * f.GROUP_WIDTH + f.NUMEL)
+            if numel > 0:
+                tl.store(rates + i * f.RATES_WIDTH + f.UPDATE_RMS, tl.sqrt(changes / numel))
             i += 1
+    if MEASURES:
+        agreement = tl.zeros((), tl.float32)
+        update = tl.zeros((), tl.float32)
+        square = tl.zeros((), tl.float32)
+        i = tl.zeros((), tl.int32)
+        while i < n_groups:
+            a, u, m = _group_sums(table, grads, stats, pools, n_tensors, i, SIZE)
+            tl.store(totals + 3 * i, a)
+            tl.store(totals + 3 * i + 1, u)
+            tl.store(totals + 3 * i + 2, m)
+            searches = tl.load(groups + i * f.GROUP_WIDTH + f.SEARCHES) > 0
+            agreement += tl.where(searches, a, 0.0)
+            update += tl.where(searches, u, 0.0)
+            square += tl.where(searches, m, 0.0)
+            if not GLOBAL:
+                if is_finite:
+                    _retune(groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH, a, u, m)
+            i += 1
+        if GLOBAL:
+            i = tl.zeros((), tl.int32)
+            while i < n_groups:
+                if is_finite:
+                    _retune(groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH, agreement, update, square)
+                i += 1
     start = tl.zeros((), tl.int32)
     while start < n_tensors:
         tensor = start + tl.arange(0, SIZE)

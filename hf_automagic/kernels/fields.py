@@ -38,34 +38,38 @@ SCHEDULE = tl.constexpr(2)
 MIN_LR = tl.constexpr(3)
 MAX_LR = tl.constexpr(4)
 WARMUP = tl.constexpr(5)
-IS_TUNED = tl.constexpr(6)
+IS_TUNED = tl.constexpr(6)  # the rate is not the user's
 IN_CONTEXT = tl.constexpr(7)
 SPEED = tl.constexpr(8)
 DRIFT = tl.constexpr(9)
 LOWEST = tl.constexpr(10)
 HIGHEST = tl.constexpr(11)
 VOTE_SCALE = tl.constexpr(12)
-HAS_POOL = tl.constexpr(13)
-BETA1 = tl.constexpr(14)
-WEIGHT1 = tl.constexpr(15)  # 1 - beta1
-WEIGHT2 = tl.constexpr(16)
-WEIGHT3 = tl.constexpr(17)
-LOG1 = tl.constexpr(18)  # log(beta1)
-LOG2 = tl.constexpr(19)
-LOG3 = tl.constexpr(20)
-CLIP = tl.constexpr(21)
-EPS = tl.constexpr(22)
-DECAY = tl.constexpr(23)
-CLEAR = tl.constexpr(24)  # a momentum above it votes
-LIMIT = tl.constexpr(25)  # of the element mask
-RECENTRE = tl.constexpr(26)
-GROUP_WIDTH = tl.constexpr(27)
+HAS_POOL = tl.constexpr(13)  # its log rate moves
+SEARCHES = tl.constexpr(14)
+RAIL_STEPS = tl.constexpr(15)
+NUMEL = tl.constexpr(16)  # elements with a gradient
+BETA1 = tl.constexpr(17)
+WEIGHT1 = tl.constexpr(18)  # 1 - beta1
+WEIGHT2 = tl.constexpr(19)
+WEIGHT3 = tl.constexpr(20)
+LOG1 = tl.constexpr(21)  # log(beta1)
+LOG2 = tl.constexpr(22)
+LOG3 = tl.constexpr(23)
+CLIP = tl.constexpr(24)
+EPS = tl.constexpr(25)
+DECAY = tl.constexpr(26)
+CLEAR = tl.constexpr(27)  # a momentum above it votes
+LIMIT = tl.constexpr(28)  # of the element mask
+RECENTRE = tl.constexpr(29)
+GROUP_WIDTH = tl.constexpr(30)
 
 # float32, one line for each param group: what the step decides
 LOG_RATE = tl.constexpr(0)
 BASE_LR = tl.constexpr(1)
 APPLIED_LR = tl.constexpr(2)
-RATES_WIDTH = tl.constexpr(3)
+UPDATE_RMS = tl.constexpr(3)
+RATES_WIDTH = tl.constexpr(4)
 
 # int64: the control block
 OFFENDER = tl.constexpr(0)  # of this step, NOBODY without one
@@ -92,4 +96,9 @@ SUM_OFFSETS = tl.constexpr(4)
 SUM_STEP = tl.constexpr(5)
 SUM_AGREEING = tl.constexpr(6)
 SUM_VOTING = tl.constexpr(7)
-SUM_PLANES = tl.constexpr(8)
+SUM_CHANGE = tl.constexpr(8)  # squared changes of the weights
+SUM_PLANES = tl.constexpr(9)
+
+# float32, one line for each param group: sums of what is not stepped by the kernels
+CHANGE = tl.constexpr(3)  # after those of the agreement
+POOL_WIDTH = tl.constexpr(4)

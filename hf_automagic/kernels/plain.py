@@ -50,15 +50,17 @@ def _normalised(grad, moments, place, mask, clip, weight2, correction):
 
 @triton.jit
 def step_plain(
-    tensors, table, grads, groups, rates, stats, finite, clip,
+    tensors, table, grads, groups, rates, stats, sums, n_tiles, finite, clip,
     DTYPE: tl.constexpr, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, CAUTIOUS: tl.constexpr, ROUND: tl.constexpr,
     CAUTIOUS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """Steps one parameter: three passes over elements that stay in the cache."""
     tensor = tl.load(tensors + tl.program_id(0))
     line = table + tensor.to(tl.int64) * f.WIDTH
+    change = sums + f.SUM_CHANGE * n_tiles + tl.load(line + f.FIRST_TILE)
     address = tl.load(grads + tensor)
     if (address == 0) | (tl.load(finite) == 0):
+        tl.store(change, 0.0)
         return
     grad, param = address.to(tl.pointer_type(DTYPE)), tl.load(line + f.PARAM).to(tl.pointer_type(DTYPE))
     moments = tl.load(line + f.MOMENT).to(tl.pointer_type(tl.float32))
@@ -115,6 +117,8 @@ def step_plain(
         every = tl.load(group + f.RECENTRE)
         if step - tl.floor(step / every) * every == 0:
             centre = round_even(tl.sum(moved, 0) / numel.to(tl.float32))
+    decay = tl.load(group + f.DECAY)
+    changes = tl.zeros([SIZE], tl.float32)
     start = tl.zeros((), tl.int64)
     while start < numel:
         place = start + tl.arange(0, SIZE)
@@ -133,5 +137,6 @@ def step_plain(
             update = update * tl.exp(k * LOG_RATIO)
         tl.store(moments + place, moment, mask=mask)
         tl.store(momenta + place, new, mask=mask)
-        shrink_and_store(param, place, mask, update, lr, tl.load(group + f.DECAY), key, DTYPE, ROUND, CAUTIOUS_DECAY)
+        changes += shrink_and_store(param, place, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
         start += SIZE
+    tl.store(change, tl.sum(changes, 0))

@@ -37,16 +37,17 @@ def sum_squares(
         return
     grad = typed(address, DTYPE, EXACT)
     row_sums = parts + tl.load(line + f.ROW_PARTS) + col_tile * tl.load(line + f.ROWS)
-    total = tl.zeros([NB, BK], tl.float32)
+    squared = tl.zeros([BR, NB, BK], tl.float32)  # summed over rows once, in the end: threads exchange little
     start = first
     while start < last:
         row = start + tl.arange(0, BR)
         mask = (row < last)[:, None, None] & exists[None, :, :]
         g = tl.load(grad + row[:, None, None] * cols + col[None, :, :], mask=mask, other=0.0).to(tl.float32)
         squares = g * g
-        total += tl.sum(squares, 0)
+        squared += squares
         tl.store(row_sums + row, tl.sum(tl.sum(squares, 2), 1), mask=row < last)
         start += BR
+    total = tl.sum(squared, 0)
     tl.store(parts + tl.load(line + f.COL_PARTS) + row_tile * cols + col, total, mask=exists)
     whole = tl.sum(tl.sum(total, 1), 0)
     tl.store(sums + tl.load(line + f.FIRST_TILE) + place, whole)
@@ -75,7 +76,7 @@ def voted(offsets, g, m, alive, clear, limit):
 def sum_residuals(
     tiles, table, grads, groups, parts, plane, sums, n_tiles, slice_sums, work, finite, clip,
     DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
-    KIND: tl.constexpr, ELEMENTS: tl.constexpr,
+    KIND: tl.constexpr, ELEMENTS: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """Sweep 2: sums of u^2, u m and m^2 over rows and columns, u the update before its clip.
 
@@ -95,10 +96,10 @@ def sum_residuals(
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
     whole = whole * tl.load(clip)
     row_sums = parts + tl.load(line + f.ROW_PARTS) + col_tile * rows
-    uu = tl.zeros([NB, BK], tl.float32)
-    um = tl.zeros([NB, BK], tl.float32)
-    mm = tl.zeros([NB, BK], tl.float32)
-    moved = tl.zeros([NB, BK], tl.float32)
+    uus = tl.zeros([BR, NB, BK], tl.float32)
+    ums = tl.zeros([BR, NB, BK], tl.float32)
+    mms = tl.zeros([BR, NB, BK], tl.float32)
+    moved = tl.zeros([BR, NB, BK], tl.float32)
     due = False
     if ELEMENTS:
         every = tl.load(group + f.RECENTRE)
@@ -115,9 +116,9 @@ def sum_residuals(
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
         u = (g * whole) * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
         a, b, c = u * u, u * m, m * m
-        uu += tl.sum(a, 0)
-        um += tl.sum(b, 0)
-        mm += tl.sum(c, 0)
+        uus += a
+        ums += b
+        mms += c
         tl.store(row_sums + row, tl.sum(tl.sum(a, 2), 1), mask=here)
         tl.store(row_sums + plane + row, tl.sum(tl.sum(b, 2), 1), mask=here)
         tl.store(row_sums + 2 * plane + row, tl.sum(tl.sum(c, 2), 1), mask=here)
@@ -126,18 +127,20 @@ def sum_residuals(
                 elements = tl.load(line + f.MASK).to(tl.pointer_type(tl.uint8))
                 k = tl.load(elements + offsets, mask=mask, other=128).to(tl.float32) - CENTRE
                 k = voted(k, g, m, whole, tl.load(group + f.CLEAR), tl.load(group + f.LIMIT))
-                moved += tl.sum(tl.where(mask, k, 0.0), 0)
+                moved += tl.where(mask, k, 0.0)
         start += BR
+    uu, um, mm = tl.sum(uus, 0), tl.sum(ums, 0), tl.sum(mms, 0)
     col_sums = parts + tl.load(line + f.COL_PARTS) + row_tile * cols
     tl.store(col_sums + col, uu, mask=exists)
     tl.store(col_sums + plane + col, um, mask=exists)
     tl.store(col_sums + 2 * plane + col, mm, mask=exists)
     mine = sums + tl.load(line + f.FIRST_TILE) + place
     tl.store(mine + f.SUM_UPDATE * n_tiles, tl.sum(tl.sum(uu, 1), 0))
-    tl.store(mine + f.SUM_AGREEMENT * n_tiles, tl.sum(tl.sum(um, 1), 0))
-    tl.store(mine + f.SUM_MOMENTUM * n_tiles, tl.sum(tl.sum(mm, 1), 0))
+    if MEASURES:
+        tl.store(mine + f.SUM_AGREEMENT * n_tiles, tl.sum(tl.sum(um, 1), 0))
+        tl.store(mine + f.SUM_MOMENTUM * n_tiles, tl.sum(tl.sum(mm, 1), 0))
     if ELEMENTS:
-        tl.store(mine + f.SUM_OFFSETS * n_tiles, tl.sum(tl.sum(moved, 1), 0))
+        tl.store(mine + f.SUM_OFFSETS * n_tiles, tl.sum(tl.sum(tl.sum(moved, 2), 1), 0))
 
 
 @triton.jit
@@ -172,9 +175,9 @@ def sum_steps(
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
     calm = calm / one_minus_power(tl.load(group + f.LOG1), step)
     weight = tl.load(group + f.WEIGHT1)
-    total = tl.zeros([NB, BK], tl.float32)
-    agreeing = tl.zeros([NB, BK], tl.float32)
-    voting = tl.zeros([NB, BK], tl.float32)
+    total = tl.zeros([BR, NB, BK], tl.float32)
+    agreeing = tl.zeros([BR, NB, BK], tl.float32)
+    voting = tl.zeros([BR, NB, BK], tl.float32)
     start = first
     while start < last:
         row = start + tl.arange(0, BR)
@@ -189,13 +192,13 @@ def sum_steps(
         m = m + weight * (u - m)
         residual = tl.load(vector_at(tl.load(line + f.VECTORS + 2), work) + row, mask=here, other=1.0)
         d = m * tl.rsqrt(residual / mean)[:, None, None] * calm[None, :, :]
-        total += tl.sum(tl.where(mask, d * d, 0.0), 0)
+        total += tl.where(mask, d * d, 0.0)
         if CAUTIOUS:
-            agreeing += tl.sum((((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32), 0)
-            voting += tl.sum(((m != 0) & (g != 0)).to(tl.float32), 0)
+            agreeing += (((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32)
+            voting += ((m != 0) & (g != 0)).to(tl.float32)
         start += BR
     mine = sums + tl.load(line + f.FIRST_TILE) + place
-    tl.store(mine + f.SUM_STEP * n_tiles, tl.sum(tl.sum(total, 1), 0))
+    tl.store(mine + f.SUM_STEP * n_tiles, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
     if CAUTIOUS:
-        tl.store(mine + f.SUM_AGREEING * n_tiles, tl.sum(tl.sum(agreeing, 1), 0))
-        tl.store(mine + f.SUM_VOTING * n_tiles, tl.sum(tl.sum(voting, 1), 0))
+        tl.store(mine + f.SUM_AGREEING * n_tiles, tl.sum(tl.sum(tl.sum(agreeing, 2), 1), 0))
+        tl.store(mine + f.SUM_VOTING * n_tiles, tl.sum(tl.sum(tl.sum(voting, 2), 1), 0))

@@ -1,6 +1,7 @@
 """The tables that the kernels read: tensors, tiles and slices, made once for a plan."""
 
 import dataclasses
+import itertools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,14 +13,14 @@ from ..quantization import Log16
 from ..transforms.cautious import Cautious
 from ..transforms.decay import CautiousWeightDecay
 from ..transforms.lora import ScaleByRowGain
-from ..transforms.self_tuning import ScaleByElementRate
+from ..transforms.self_tuning import MeasureAgreement, ScaleByElementRate
 from . import fields as f
 from .support import VECTORS, Stacked, codec_kind, has
 
 ITERATION = 2048  # elements that a program holds at a time
 SMALLEST_TILE, LARGEST_TILE = 2**13, 2**18  # elements of a program
 PROGRAMS = 4096  # that keep a device busy
-SLICE = 256  # elements of a vector that a program owns
+SLICE = 1024  # elements of a vector that a program owns
 PURPOSES = {name: zlib.crc32(name.encode()) for name in VECTORS}
 
 
@@ -38,6 +39,7 @@ class Kind:
         gains: with ALLoRA's gains.
         rounds: weights are rounded at random.
         cautious_decay: weights decay only along with the step.
+        measures: the agreement of gradient and momentum is asked for.
     """
 
     dtype: torch.dtype
@@ -52,6 +54,7 @@ class Kind:
     gains: bool
     rounds: bool
     cautious_decay: bool
+    measures: bool
 
 
 def kind_of(bucket: Stacked) -> Kind:
@@ -75,6 +78,7 @@ def kind_of(bucket: Stacked) -> Kind:
         has(bucket.chain, ScaleByRowGain),
         low and bucket.config.stochastic_rounding,
         has(bucket.chain, CautiousWeightDecay),
+        has(bucket.chain, MeasureAgreement),
     )
 
 
@@ -82,14 +86,21 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def _tiles_of_groups(ends: Sequence[int]) -> Tensor:
+    """Returns the first tile of each group and the one after its last  # [groups, 2], int64"""
+    stops = list(itertools.accumulate(ends, max))
+    return torch.tensor([[0, *stops[:-1]], stops], dtype=torch.int64).T.contiguous()
+
+
 class Tables:
     """Tables of all tensors of some buckets on their device.
 
     Args:
-        buckets: (number of the group, bucket), stacks allocated.
+        buckets: (number of the group, bucket), sorted by group, stacks allocated.
+        n_groups: param groups of the optimizer.
     """
 
-    def __init__(self, buckets: Sequence[tuple[int, Stacked]]) -> None:
+    def __init__(self, buckets: Sequence[tuple[int, Stacked]], n_groups: int) -> None:
         """Lays out tiles, slices and scratch, and uploads the tables."""
         self.params = [p for _, bucket in buckets for p in bucket.params]
         self.device = self.params[0].device
@@ -99,6 +110,7 @@ class Tables:
         self.exact: list[bool] = []
         lines: list[list[int]] = []
         slices: list[tuple[int, int, int]] = []
+        ends = [0] * n_groups
         total = sum(p.numel() for p in self.params)
         target = _power_of_two(min(max(total // PROGRAMS, SMALLEST_TILE), LARGEST_TILE))
         for group, bucket in buckets:
@@ -114,9 +126,12 @@ class Tables:
                         slices += [(tensor, side, first) for first in range(0, length, SLICE)]
                 lines.append(line)
                 self.exact.append(kind.exact)
+            ends[group] = self.tiles
         self.table = torch.tensor(lines, dtype=torch.int64).to(self.device)
         self.slices = torch.tensor(slices, dtype=torch.int32).to(self.device)
         self.n_slices = len(slices)
+        self.ranges = _tiles_of_groups(ends).to(self.device)
+        self.measures = any(kind.measures for kind in self.kinds)
         self.programs = {
             kind: torch.tensor(numbers, dtype=torch.int32).to(self.device) for kind, numbers in self.kinds.items()
         }

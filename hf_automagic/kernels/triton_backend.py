@@ -41,8 +41,9 @@ from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # columns of a group's line that follow from its options
 REMEMBERED = 16  # places of the scratch for which launches are kept
-TILES_AT_ONCE = 8  # partial sums of a vector's element that are loaded together
+TILES_AT_ONCE = 2  # partial sums of a vector's element that are loaded together
 
 
 class TritonStep:
@@ -55,7 +56,7 @@ class TritonStep:
 
     def __init__(self, buckets: Sequence[tuple[int, Stacked]], n_groups: int) -> None:
         """Makes the tables."""
-        self.tables = tables = Tables(buckets)
+        self.tables = tables = Tables(buckets, n_groups)
         self.params = tables.params
         self.group_of = [group for group, bucket in buckets for _ in bucket.params]
         self.numels = [p.numel() for p in self.params]
@@ -75,7 +76,8 @@ class TritonStep:
         self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0], dtype=torch.int64).to(self.device)
         self.rates = new(n_groups * f.RATES_WIDTH.value).view(n_groups, -1)
         self.stats = new(len(self.numels) * f.STATS_WIDTH.value)
-        self.totals, self.outside_pools = new(3 * n_groups).view(-1, 3), new(3 * n_groups).view(-1, 3)
+        self.totals = new(3 * n_groups).view(-1, 3)
+        self.outside_pools = new(n_groups * f.POOL_WIDTH.value).view(n_groups, -1)
         self.finite, self.clip, self.multiplier = new((), torch.bool), new(()), new(()).fill_(1.0)
         self.clip.fill_(1.0)
         self.flag = self.finite.view(torch.uint8)  # the kernels' own view
@@ -207,12 +209,12 @@ class TritonStep:
             sweep += [
                 matrices(
                     sum_residuals, kind, self.groups, parts, t.places, sums, t.tiles, *common,
-                    *_shape(kind), kind.codec, kind.elements,
+                    *_shape(kind), kind.codec, kind.elements, kind.measures,
                 )
                 for kind in reversed(kinds)
             ]  # fmt: skip
             arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE, TILES_AT_ONCE)
-            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments)))
+            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures)))
             common = (squares, residuals, work, self.flag, self.clip)
             sweep += [
                 matrices(
@@ -231,15 +233,15 @@ class TritonStep:
         for kind in plain:
             of = t.programs[kind]
             flags = (DTYPES[kind.dtype], 1024, kind.elements, kind.cautious, kind.rounds, kind.cautious_decay)
-            arguments = (of, t.table, self.grads, *group, self.flag, self.clip, *flags)
+            arguments = (of, t.table, self.grads, *group, sums, t.tiles, self.flag, self.clip, *flags)
             sweep.append(Launch(step_plain, of.numel(), arguments))
         if t.has_log16:
             arguments = (squares, residuals, work, self.flag, *PURPOSES.values(), SLICE)
             sweep.append(Launch(encode_vectors, n, (*some, *arguments)))
         arguments = (
-            t.table, self.grads, *group, self.outside_pools, self.totals, self.control, self.flag,
-            self.totals if events is None else events, len(self.numels), self.n_groups, 512, is_global,
-            events is not None, 0 if events is None else events.numel(),
+            t.table, self.grads, *group, sums, t.tiles, t.ranges, self.outside_pools, self.totals, self.control,
+            self.flag, self.totals if events is None else events, len(self.numels), self.n_groups, 512, t.measures,
+            is_global, events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
         return look, sweep, [Launch(finish, 1, arguments)]
 

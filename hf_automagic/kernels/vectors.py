@@ -93,7 +93,7 @@ def average_squares(
 @triton.jit
 def average_residuals(
     slices, table, grads, groups, parts, plane, sums, n_tiles, stats, slice_sums, work, finite,
-    VS: tl.constexpr, TC: tl.constexpr,
+    VS: tl.constexpr, TC: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """After sweep 2: the clip s of the update, R' and C', the averages of (u - m')^2, and the pooled sums.
 
@@ -112,9 +112,10 @@ def average_residuals(
     if (side == 0) & (first == 0):
         out = stats + tensor * f.STATS_WIDTH
         tl.store(out + f.CLIPPED, s)
-        tl.store(out + f.AGREEMENT, s * sum_of(mine + f.SUM_AGREEMENT * n_tiles, tiles, 256))
-        tl.store(out + f.UPDATE, s * s * total)
-        tl.store(out + f.SQUARE, sum_of(mine + f.SUM_MOMENTUM * n_tiles, tiles, 256))
+        if MEASURES:
+            tl.store(out + f.AGREEMENT, s * sum_of(mine + f.SUM_AGREEMENT * n_tiles, tiles, 256))
+            tl.store(out + f.UPDATE, s * s * total)
+            tl.store(out + f.SQUARE, sum_of(mine + f.SUM_MOMENTUM * n_tiles, tiles, 256))
     place = first + tl.arange(0, VS)
     mask = place < length
     uu = _sum_parts(parts + part, count, length, place, mask, VS, TC)

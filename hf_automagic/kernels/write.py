@@ -32,7 +32,7 @@ def shrink_and_store(
     ROUND: tl.constexpr,
     CAUTIOUS_DECAY: tl.constexpr,
 ):
-    """Subtracts the update and the decay from the weights, and rounds them as their dtype needs."""
+    """Subtracts the update and the decay from the weights, rounded as their dtype needs; returns the square of both."""
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
     if decay > 0:
         lost = p * (lr * decay)
@@ -43,6 +43,7 @@ def shrink_and_store(
     if ROUND:
         p = round_randomly(p, random_bits(key, offsets), DTYPE)
     tl.store(param + offsets, p.to(DTYPE), mask=mask)
+    return update * update
 
 
 @triton.jit
@@ -56,8 +57,10 @@ def write_steps(
     tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists = find_tile(
         tiles, table, NB, BK, EXACT, True
     )
+    mine = sums + tl.load(line + f.FIRST_TILE)
     address = tl.load(grads + tensor)
     if (address == 0) | (tl.load(finite) == 0):
+        tl.store(mine + f.SUM_CHANGE * n_tiles + place, 0.0)
         return
     grad = typed(address, DTYPE, EXACT)
     param = typed(tl.load(line + f.PARAM), DTYPE, EXACT)
@@ -71,7 +74,6 @@ def write_steps(
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
     whole = whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED)
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
-    mine = sums + tl.load(line + f.FIRST_TILE)
     count = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
     numel = rows.to(tl.float32) * cols.to(tl.float32)
     length = tl.sqrt(sum_of(mine + f.SUM_STEP * n_tiles, count, 256) / numel)
@@ -87,6 +89,7 @@ def write_steps(
             centre = round_even(sum_of(mine + f.SUM_OFFSETS * n_tiles, count, 256) / numel)
     calm = calm * reach
     weight = tl.load(group + f.WEIGHT1)
+    changes = tl.zeros([BR, NB, BK], tl.float32)
     start = first
     while start < last:
         row = start + tl.arange(0, BR)
@@ -119,5 +122,6 @@ def write_steps(
             tl.store(elements + offsets, (k + CENTRE).to(tl.uint8), mask=mask)
             update = update * tl.exp(k * LOG_RATIO)
         store_momentum(new, codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
+        changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
         start += BR
+    tl.store(mine + f.SUM_CHANGE * n_tiles + place, tl.sum(tl.sum(tl.sum(changes, 2), 1), 0))

@@ -98,7 +98,7 @@ def _pick(group: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
 
 def _own_options(group: Mapping[str, Any], config: AutomagicConfig) -> dict[str, Any]:
     """Returns the options that a group was given for itself: those that its role alone does not explain."""
-    plain = fill_group({"role": group["role"], "is_full_weight": group["is_full_weight"]}, config)
+    plain = fill_group({key: group.get(key) for key in ("role", "is_full_weight", "width")}, config)
     own = {name: group[name] for name in option_names() if name != "lr" and group[name] != plain[name]}
     if group["initial_lr"] == plain["initial_lr"]:
         return own

@@ -31,7 +31,7 @@ from .notices import tell_inert_options
 from .pairs import PairRanks, check_aligned
 from .plan import Plan, prepare_shared, shared_device
 from .storage import codecs_of_group
-from .tuning import BucketSums, add_pools, tune_rates
+from .tuning import BucketSums, add_pools, measure_updates, tune_rates
 
 SCHEMA = 1  # of state_dict(); grows when an old file needs to be converted
 
@@ -163,10 +163,11 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         measured = []
         for number, (index, bucket) in enumerate(plan.buckets):
             inputs = _inputs(groups[index]["applied_lr"], check, bucket.device, gains.get(number))
-            measured.append(BucketSums(index, bucket.step(inputs), bucket.numel_with_grad()))
+            measured.append(BucketSums(index, *bucket.step(inputs), bucket.numel_with_grad()))
         shared["host_steps"] = shared.get("host_steps", 0) + 1
         plan.pairs.shrink_spectra([group["applied_lr"] for group in groups], check.finite, shared["host_steps"])
         count_step(counters, check)
+        measure_updates(groups, measured, check.finite)
         tune_rates(groups, measured, check.finite, self.config.lr_pool)
         edge = None
         if loss is not None:

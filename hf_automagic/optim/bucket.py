@@ -15,7 +15,7 @@ from .conversion import convert_entry
 from .storage import STEP, Layout, StoredState, store_states
 
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
-# the # last-level cache. GPU: few launches, and a bounded peak.
+# the last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -114,17 +114,22 @@ class Bucket:
             whole = {name: t.view(self.layout.shape) for name, t in one.items() if t.shape == (rows, cols)}
             self.views.append(one | whole)
 
-    def step(self, inputs: StepInputs) -> dict[str, Tensor]:
-        """Steps the parameters that have a gradient; returns the pooled sums  # each []"""
+    def step(self, inputs: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
+        """Steps the parameters that have a gradient.
+
+        Returns:
+            The pooled sums, and the sum of the squared changes of the weights  # each []
+        """
         pool: dict[str, Tensor] = {}
+        squares = torch.zeros((), dtype=self.work_dtype, device=self.device)
         for start, stop in self._runs():
             for first, last, rows in self._chunks(start, stop):
                 compiled = self.graph is not None and last - first in self.heights
                 chunk = slice(first, last)
-                sums = self._step_graph(chunk, inputs) if compiled else self._step_chunk(chunk, rows, inputs)
-                for name, value in sums.items():
-                    pool[name] = pool[name] + value if name in pool else value
-        return pool
+                sums, square = self._step_graph(chunk, inputs) if compiled else self._step_chunk(chunk, rows, inputs)
+                squares = squares + square
+                pool = {name: pool[name] + value if name in pool else value for name, value in sums.items()}
+        return pool, squares
 
     def numel_with_grad(self) -> int:
         """Counts the elements that take part in this step."""
@@ -159,25 +164,26 @@ class Bucket:
         for first in range(start, stop):
             yield first, first + 1, rows
 
-    def _step_graph(self, chunk: slice, inputs: StepInputs) -> dict[str, Tensor]:
+    def _step_graph(self, chunk: slice, inputs: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
         """Steps a chunk of whole matrices through the compiled chain."""
         params, cols = self.params[chunk], self.layout.cols
         grads = stack_of([p.grad for p in params if p.grad is not None], cols)
         fields = {name: stack[chunk] for name, stack in self.stacks.items()}
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
-        written, new, pool = self.graph(  # pyright: ignore[reportOptionalCall]
+        written, new, pool, square = self.graph(  # pyright: ignore[reportOptionalCall]
             grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
         )
         for name, value in new.items():
             fields[name].copy_(value)
         for param, value in zip(params, written.unbind(), strict=True):
             param.copy_(value.view(param.shape))
-        return pool
+        return pool, square
 
-    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> dict[str, Tensor]:
+    def _step_chunk(self, chunk: slice, pieces: list[slice], inputs: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
         step = self.stacks["step"][chunk] + inputs.finite
         totals: list[dict[str, Tensor]] | None = None if len(pieces) == 1 else []
         pool: dict[str, Tensor] = {}
+        squares = torch.zeros((), dtype=self.work_dtype, device=self.device)
         whole: dict[str, list[Tensor]] = {}
         while True:
             sums: dict[str, Tensor] = {}
@@ -188,6 +194,7 @@ class Bucket:
                     sums = {k: sums[k] + v if k in sums else v for k, v in result.matrix.items()}
                     continue
                 self._scatter(chunk, rows, context, result, inputs)
+                squares = squares + torch.linalg.vector_norm(result.update).square()
                 for name, value in self._encode(chunk, rows, result, step, inputs).items():
                     whole.setdefault(name, []).append(value)
                 pool = {k: pool[k] + v if k in pool else v for k, v in result.pool.items()}
@@ -200,7 +207,7 @@ class Bucket:
                 value = torch.cat(values, 1) if stored.spec.shape == "rows" else values[-1]
                 self._store(stored, chunk, slice(0, self.layout.rows), value, step, inputs)
         self.stacks["step"][chunk].copy_(step)
-        return pool
+        return pool, squares
 
     def _gather(self, chunk: slice, rows: slice, step: Tensor, inputs: StepInputs) -> StepContext:
         """Stacks gradients and weights  # [n, rows, cols], float32"""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .groups import is_stepped
+from .groups import is_stepped, searches
 
 
 def describe(optimizer: Any) -> str:
@@ -19,7 +19,7 @@ def describe(optimizer: Any) -> str:
     for group, params, rate in zip(optimizer.param_groups, stepped, optimizer.get_learning_rates(), strict=True):
         shapes = sorted({"x".join(map(str, p.shape)) or "scalar" for p in params})
         shown = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
-        rails = f"{group['min_lr']:.3g} to {group['max_lr']:.3g}" if group["self_tuning"] else "off, the rate is yours"
+        rails = _rails(group)
         elements = sum(p.numel() for p in params)
         decay = f"{group['weight_decay']:g}"
         rows.append((group["role"], str(len(params)), f"{elements:,}", shown, f"{rate:.3g}", rails, decay))
@@ -36,8 +36,16 @@ def _backends(counts: Mapping[tuple[str, str], int]) -> list[str]:
     ]
 
 
+def _rails(group: Mapping[str, Any]) -> str:
+    if not group["self_tuning"]:
+        return "off, the rate is yours"
+    return f"{group['min_lr']:.3g} to {group['max_lr']:.3g}" if searches(group) else f"{group['max_lr']:.3g}"
+
+
 def _policy(optimizer: Any) -> str:
     if not any(group["self_tuning"] for group in optimizer.param_groups):
         return "The learning rate is yours; schedulers act on it as usual."
+    if not any(searches(group) for group in optimizer.param_groups):
+        return "The learning rate follows from role, width and step, whatever lr is; a scheduler multiplies it."
     pool = "all groups together" if optimizer.config.lr_pool == "global" else "each group for itself"
-    return f"The learning rate tunes itself, {pool}; a scheduler multiplies it."
+    return f"The learning rate is searched for from lr, {pool}; a scheduler multiplies it."

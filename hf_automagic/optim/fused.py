@@ -15,13 +15,13 @@ from ..transforms.self_tuning import MeasureAgreement
 from .bucket import Bucket, StepInputs
 from .context import observe_step
 from .events import record_events
-from .groups import log_rate_limits, schedule_factor
+from .groups import log_rate_limits, schedule_factor, searches
 from .guard import check_gradients
 from .pairs import PairView
 from .tuning import BucketSums, add_pools, pools_of_groups
 
 logger = logging.getLogger(__name__)
-SUMS: tuple[str, ...] = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
+SUMS = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
 COUNTERS = ("applied", "skipped", "consecutive", "offender")  # columns 1 to 4 of the control block
 
 
@@ -117,7 +117,7 @@ class FusedStep:
     def _current_kernels(self, groups: Sequence[dict[str, Any]]) -> Any:
         """Returns the kernels with their tables, made anew where weights have moved."""
         if self.kernels is None or not self.kernels.is_current():
-            from ..kernels.triton_backend import TritonStep, group_constants
+            from ..kernels.triton_backend import CONSTANTS, TritonStep, group_constants
 
             chosen = [self.buckets[number] for number in self.fused if self.buckets[number][1].layout.shape.numel()]
             first, self.places = 0, {}
@@ -127,7 +127,7 @@ class FusedStep:
                     first += len(self.buckets[number][1].params)
             self.kernels = TritonStep(chosen, len(groups))
             configs = {index: bucket.config for index, bucket in self.buckets}
-            empty = [0.0] * 13
+            empty = [0.0] * CONSTANTS
             self.constants = [group_constants(configs[i]) if i in configs else empty for i in range(len(groups))]
         return self.kernels
 
@@ -135,9 +135,10 @@ class FusedStep:
         """Makes the shared numbers of the groups views of what the kernels read and write; costs a comparison."""
         kernels = self.kernels
         for group, rates in zip(groups, kernels.rate_views, strict=True):
-            if group.get("log_rate") is not rates[0]:
+            if group.get("log_rate") is not rates[0] or group.get("update_rms") is not rates[-1]:
                 rates[0].copy_(group["log_rate"])
-                group["log_rate"], group["base_lr"], group["applied_lr"] = rates
+                rates[-1].copy_(group["update_rms"])
+                group["log_rate"], group["base_lr"], group["applied_lr"], group["update_rms"] = rates
         shared = groups[0]
         for name, view in zip(COUNTERS, kernels.counter_views, strict=False):
             if shared["counters"][name] is not view:
@@ -173,6 +174,9 @@ class FusedStep:
                 float(group["self_tuning"]),
                 float(group["context"]),
                 *pools.get(i, (0.0,) * 6),
+                float(searches(group)),
+                group["rail_steps"],
+                numels[i] + others[i],
                 *constants,
             ]
         return values
@@ -204,11 +208,13 @@ class FusedStep:
             on = bucket.device
             clip = None if max_grad_norm is None else self.kernels.clip.to(on)
             rate, finite = groups[index]["applied_lr"].to(on), self.kernels.finite.to(on)
-            pool = bucket.step(StepInputs(rate, finite, clip, gains.get(number)))
-            measured.append(BucketSums(index, pool, bucket.numel_with_grad()))
+            sums = bucket.step(StepInputs(rate, finite, clip, gains.get(number)))
+            measured.append(BucketSums(index, *sums, bucket.numel_with_grad()))
         for i, line in enumerate(self.kernels.outside_pools if measured else ()):
             pool = add_pools(line.device, [sums.pool for sums in measured if sums.group == i and sums.pool])
-            line.copy_(torch.stack([pool[name].to(line.dtype) for name in SUMS]) if pool else torch.zeros_like(line))
+            zero = line.new_zeros(())
+            squares = sum((sums.squares.to(zero) for sums in measured if sums.group == i), zero)
+            line.copy_(torch.stack([*(pool[name].to(zero) if pool else zero for name in SUMS), squares]))
         return measured
 
     def _observe(self, groups: Sequence[dict[str, Any]], loss: Tensor, measured: Sequence[BucketSums]) -> None:

@@ -19,11 +19,12 @@ SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]:
     """Completes a param group: every option that it does not set itself, its role, rails and starting rate.
 
-    The group's own rails win; otherwise full weights get theirs scaled down, and B of a LoRA its rate and upper rail
-    scaled up by `loraplus_lr_ratio`.
+    The group's own rails win; otherwise the upper one follows the role and the width (`Role.rail_scale`), and B of a
+    LoRA has it and its rate scaled by `loraplus_lr_ratio`.
 
     Args:
-        group: as given to the optimizer; keys beside the options are `role`, `is_full_weight` and what peft.py adds.
+        group: as given to the optimizer; keys beside the options are `role`, `is_full_weight`, `width` and what
+            peft.py adds.
         config: the optimizer's options.
 
     Raises:
@@ -35,16 +36,16 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
     role = _role(group.get("role", Role.ADAPTER))
     is_full_weight = bool(group.get("is_full_weight", role.is_full_weight))
     ratio = options["loraplus_lr_ratio"] if role.is_lora_B else 1.0
-    lower = 1.0 if "min_lr" in own or not is_full_weight else options["full_weight_lr_scale"]
-    upper = 1.0 if "max_lr" in own or not is_full_weight else options["full_weight_lr_scale"]
+    upper = 1.0 if "max_lr" in own else role.rail_scale(is_full_weight, group.get("width"))
+    max_lr = options["max_lr"] * upper * (1.0 if "max_lr" in own else ratio)
     filled = {
         **group,
         **options,
         "role": role.value,
         "is_full_weight": is_full_weight,
         "lr": lr * ratio,
-        "min_lr": options["min_lr"] * lower,
-        "max_lr": options["max_lr"] * upper * (1.0 if "max_lr" in own else ratio),
+        "min_lr": min(options["min_lr"], max_lr),
+        "max_lr": max_lr,
     }
     if not (role.decays or "weight_decay" in own):
         filled["weight_decay"] = 0.0
@@ -96,7 +97,7 @@ def parameter_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 def warn_of_high_start(groups: Iterable[Mapping[str, Any]]) -> None:
     """Says once that a starting rate lies above its rail."""
     for group in groups:
-        if group["self_tuning"] and not isinstance(group["lr"], Tensor) and group["initial_lr"] > group["max_lr"]:
+        if searches(group) and not isinstance(group["lr"], Tensor) and group["initial_lr"] > group["max_lr"]:
             logger.warning(
                 "lr %.3g lies above max_lr %.3g of role %s: the run starts at the rail. Raise max_lr to step faster.",
                 group["initial_lr"],
@@ -104,6 +105,11 @@ def warn_of_high_start(groups: Iterable[Mapping[str, Any]]) -> None:
                 group["role"],
             )
             return
+
+
+def searches(group: Mapping[str, Any]) -> bool:
+    """Whether a group's rate is searched for between its rails."""
+    return group["self_tuning"] and group["lr_search"]
 
 
 def schedule_factor(group: Mapping[str, Any]) -> float | Tensor:
@@ -120,17 +126,21 @@ def effective_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Te
 def base_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Tensor) -> Tensor:
     """Returns the rate that the context's multiplier M is yet to multiply  # [], float32.
 
-    schedule * clamp(initial_lr * exp(log_rate), min_lr, max_lr / max(M, 1)); where self-tuning is off, group["lr"].
+    schedule * clamp(r, min_lr, max_lr / max(M, 1)) * min(1, sqrt(rail_steps / step)), where r is max_lr, and in
+    lr_search initial_lr * exp(log_rate); where self-tuning is off, group["lr"]. The fall is that of AdaGrad's rate on
+    gradients of one size (Duchi et al. 2011), whose regret is least without knowing how long the run will be.
 
     Args:
         group: a filled group.
         multiplier: M of the context controller  # []
-        applied_steps: steps done so far, for `warmup_steps`  # []
+        applied_steps: steps done so far  # []
     """
     if group["self_tuning"]:
-        tuned = group["initial_lr"] * group["log_rate"].exp()
-        rate = tuned.clamp_min(group["min_lr"]).minimum(group["max_lr"] / multiplier.clamp_min(1.0))
-        rate = schedule_factor(group) * rate
+        rail = group["max_lr"] / multiplier.clamp_min(1.0)
+        tuned = (group["initial_lr"] * group["log_rate"].exp()).clamp_min(group["min_lr"]).minimum(rail)
+        rate = schedule_factor(group) * (tuned if group["lr_search"] else rail)
+        if group["rail_steps"]:
+            rate = rate * (group["rail_steps"] / (applied_steps + 1)).sqrt().clamp_max(1.0)
     else:
         rate = torch.ones_like(multiplier) * group["lr"]
     if group["warmup_steps"]:

@@ -15,7 +15,7 @@ from .events import EVENT_BYTES
 from .groups import group_config, is_stepped, parameter_names
 from .storage import Layout, codecs_of_group, store_states
 
-SHARED_BYTES_PER_GROUP = 12  # log_rate, base_lr and applied_lr, float32
+SHARED_BYTES_PER_GROUP = 16  # log_rate, base_lr, applied_lr and update_rms, float32
 COUNTER_BYTES = 32  # four int64 counters of the guard
 
 

@@ -102,11 +102,12 @@ def shared_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:
 def prepare_shared(groups: Sequence[dict[str, Any]]) -> None:
     """Creates what belongs to the optimizer as a whole, or brings it to its device after a load.
 
-    Every group has its `log_rate`; the first one also keeps the counters, the events and the context.
+    Every group has its `log_rate` and `update_rms`; the first one also keeps the counters, the events and the context.
     """
     device = shared_device(groups)
     for group in groups:
-        group["log_rate"] = group.setdefault("log_rate", torch.zeros((), device=device)).to(device)
+        for name in ("log_rate", "update_rms"):
+            group[name] = group.setdefault(name, torch.zeros((), device=device)).to(device)
     for name, make in (("counters", new_counters), ("events", new_events)):
         kept = groups[0].get(name) or make(device)
         groups[0][name] = {key: tensor.to(device) for key, tensor in kept.items()}

@@ -64,11 +64,10 @@ def _momentum(config: AutomagicConfig, corrected: bool = True) -> Transform:
 
 def _watch(config: AutomagicConfig) -> Chain:
     """What compares the gradient with the momentum of the steps before."""
-    if not (config.self_tuning or config.context):
-        return ()
+    pooled = (MeasureAgreement(),) if config.context or (config.self_tuning and config.lr_search) else ()
     if config.lr_granularity == "tensor" or not config.self_tuning:
-        return (MeasureAgreement(),)
-    return (MeasureAgreement(), VoteOnElements(config.betas[0], config.mask_band, config.sync_frequency))
+        return pooled
+    return (*pooled, VoteOnElements(config.betas[0], config.mask_band, config.sync_frequency))
 
 
 def _space(config: AutomagicConfig, shape: tuple[int, ...]) -> Chain:

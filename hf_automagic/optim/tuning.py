@@ -7,19 +7,36 @@ import torch
 from torch import Tensor
 
 from ..transforms.self_tuning import log_rate_step
-from .groups import log_rate_limits
+from .groups import log_rate_limits, searches
 
 
 class BucketSums(NamedTuple):
-    """What a bucket measured in a step: the group it belongs to, its pooled sums, the elements that took part."""
+    """What a bucket measured in a step.
+
+    Args:
+        group: number of the group it belongs to.
+        pool: sums for the next step  # each []
+        squares: sum of the squared changes of the weights  # []
+        numel: elements that took part.
+    """
 
     group: int
     pool: dict[str, Tensor]
+    squares: Tensor
     numel: int
 
 
+def measure_updates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums], finite: Tensor) -> None:
+    """Keeps the RMS of the change of each group's weights in the last applied step, in units of the weights."""
+    for i, group in enumerate(groups):
+        parts = [sums for sums in measured if sums.group == i]
+        if numel := sum(sums.numel for sums in parts):
+            mean = _sum_on(finite.device, [sums.squares for sums in parts]) / numel
+            group["update_rms"] = torch.where(finite, mean.sqrt().to(torch.float32), group["update_rms"])
+
+
 def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums], finite: Tensor, lr_pool: str) -> None:
-    """Moves the log rate of each pool of groups; what it decides takes effect in the next step.
+    """Moves the log rate of each pool of groups that search; what it decides takes effect in the next step.
 
     Args:
         groups: filled param groups.
@@ -42,7 +59,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
 
 def pools_of_groups(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
     """Lists the groups that share a tuned rate."""
-    tuned = [i for i, group in enumerate(groups) if group["self_tuning"]]
+    tuned = [i for i, group in enumerate(groups) if searches(group)]
     if lr_pool == "group":
         return [[i] for i in tuned]
     return [tuned] if tuned else []

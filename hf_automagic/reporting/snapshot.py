@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim.automagic import Automagic
 from ..optim.events import Event, read_events
-from ..optim.groups import effective_lr, parameter_names
+from ..optim.groups import effective_lr, parameter_names, searches
 from ..optim.roles import Role
 from ..transforms.self_tuning import element_factor
 from .rates import RateSummary, Scalar, local, read_at_once, unwrap_optimizer, weigh_rates
@@ -59,7 +59,7 @@ class GroupSnapshot:
         max_lr: upper rail.
         self_tuning: whether the rate moves between the rails.
         rail_position: where the tuned rate stands on the logarithmic way from the lower rail, 0, to the upper one, 1;
-            None where nothing is tuned.
+            None where nothing is searched for.
     """
 
     role: str
@@ -93,6 +93,7 @@ class OptimizerSnapshot:
         offender: name of the first parameter with a non-finite gradient in the last skipped step, None without one.
         lr: smallest, mean and largest rate of an element in the last step.
         groups: the param groups.
+        update_rms: RMS of the change of all weights in the last applied step, in units of the weights.
         state_bytes: bytes of optimizer state, everything counted.
         saturated_fraction: share of the momentum's 8-bit codes at the end of their range, at least one in a block;
             None without such codes.
@@ -110,6 +111,7 @@ class OptimizerSnapshot:
     offender: str | None
     lr: RateSummary
     groups: tuple[GroupSnapshot, ...]
+    update_rms: float
     state_bytes: int
     saturated_fraction: float | None = None
     multiplier: float | None = None
@@ -158,6 +160,9 @@ class OptimizerSnapshot:
             offender=None if offender < 0 else names[offender],
             lr=dataclasses.replace(weigh_rates(rates), mean=mean),
             groups=groups,
+            update_rms=math.sqrt(
+                weigh_rates([(values["update_rms", i] ** 2, g.elements) for i, g in enumerate(groups)]).mean
+            ),
             state_bytes=inner.memory_stats().total_bytes,
             saturated_fraction=values.get("saturated"),
             multiplier=values.get("applied_multiplier"),
@@ -188,6 +193,7 @@ class OptimizerSnapshot:
             "lr_max": self.lr.maximum,
             **{f"lr_{kind}": rate for kind, rate in self.rates_by_role().items()},
             "rail_position": self.rail_position,
+            "update_rms": self.update_rms,
             "multiplier": self.multiplier,
             "consistency": self.consistency,
             "events": self.event_count,
@@ -211,7 +217,7 @@ def _rates(optimizer: Automagic) -> dict[Any, Scalar]:
         one, zero = torch.ones(()), torch.zeros(())
         applied = group.get("applied_lr")
         values["lr", i] = applied if applied is not None else effective_lr({**group, "log_rate": zero}, one, zero)
-        values["log_rate", i] = group.get("log_rate", 0.0)
+        values |= {(name, i): group.get(name, 0.0) for name in ("log_rate", "update_rms")}
         values["group_lr", i] = group["lr"]
         sample = _sample(_states(optimizer, group, "lr_mask"))
         if sample.numel():
@@ -256,7 +262,7 @@ def _group(index: int, group: Mapping[str, Any], values: Mapping[Any, float]) ->
     factors = [values.get((name, index), 1.0) for name in ("low", "mean", "high")]
     start = float(group["initial_lr"])
     position = None
-    if group["self_tuning"] and start > 0:
+    if searches(group) and start > 0:
         low, high = (math.log(max(group[rail], 1e-38)) for rail in ("min_lr", "max_lr"))
         way = (math.log(start) + values["log_rate", index] - low) / (high - low) if high > low else 1.0
         position = min(1.0, max(0.0, way))

@@ -36,6 +36,8 @@ class ReferenceConfig:
     cautious_scale: Literal["share", "paper"] = "share"
     # stages 7 and 8
     self_tuning: bool = False
+    search: bool = True  # off, the rate stands at its upper rail
+    rail_steps: int = 0
     lr_pool: Literal["global", "group"] = "global"
     kappa: float = 0.1
     drift: float = 0.0

@@ -140,8 +140,9 @@ class ReferenceOptimizer:
         o = p.options
         if o.lr == 0 or not self.config.self_tuning:
             return sched * o.lr * multiplier
-        log_rate = self.log_rates.get(self._pool(p), 0.0)
-        return self_tuning.effective_lr(o.lr, log_rate, sched, multiplier, o.min_lr, o.max_lr)
+        log_rate = self.log_rates.get(self._pool(p), 0.0) if self.config.search else math.log(o.max_lr / o.lr)
+        tuned = self_tuning.effective_lr(o.lr, log_rate, sched, multiplier, o.min_lr, o.max_lr)
+        return tuned * self_tuning.fall(self.step_count, self.config.rail_steps)
 
     def _vote(self, p: ReferenceParam, u: Tensor, m_prev: Tensor) -> None:
         """Element mask: the codes move by this step's votes; every `sync_frequency` steps they are recentred."""

@@ -39,6 +39,11 @@ def effective_lr(lr0: float, log_rate: float, sched: float, multiplier: float, m
     return sched * min(max(lr0 * math.exp(log_rate), min_lr), max_lr / max(multiplier, 1.0)) * multiplier
 
 
+def fall(step: int, rail_steps: int) -> float:
+    """What the rate has fallen to in a step, counted from 1: min(1, sqrt(T0 / t)); T0 = 0 never falls."""
+    return min(1.0, math.sqrt(rail_steps / step)) if rail_steps else 1.0
+
+
 # element mask
 
 
