@@ -20,6 +20,7 @@ from .support import Stacked
 
 logger = logging.getLogger(__name__)
 FEW_BITS = (torch.bfloat16, torch.float16)
+EXACT_CASTS = {"emulate_precision_casts": True}  # a scale of 16 bits is rounded before it divides, as it is stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def compile_step(step: StackedStep, device: torch.device) -> Callable[..., Any] 
         return None
     call = StackedStep.__call__
     own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__)
-    return functools.partial(torch.compile(own, dynamic=False, fullgraph=True), step)
+    return functools.partial(torch.compile(own, dynamic=False, fullgraph=True, options=EXACT_CASTS), step)
 
 
 def find_compile_obstacle(bucket: Stacked) -> str | None:
