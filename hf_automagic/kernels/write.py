@@ -32,7 +32,7 @@ def shrink_and_store(
     ROUND: tl.constexpr,
     CAUTIOUS_DECAY: tl.constexpr,
 ):
-    """Subtracts the update and the decay from the weights, rounded as their dtype needs; returns the change squared."""
+    """Subtracts the update and the decay from the weights, rounded as their dtype needs; returns its square."""
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
     if decay > 0:
         lost = p * (lr * decay)
