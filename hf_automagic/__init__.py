@@ -9,6 +9,7 @@ args = TrainingArguments("out", optim="automagic_8bit")
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint import find_resumable_checkpoint
 from .config import AutomagicConfig
 from .factory import create_automagic_optimizer
 from .integrations.transformers import register, unregister
@@ -39,13 +40,20 @@ from .seeds import (
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .callbacks import EdgeCaseCallback, EffectiveLRCallback, MemoryCallback, OptimizerStatsCallback
+    from .callbacks import (
+        CheckpointCallback,
+        EdgeCaseCallback,
+        EffectiveLRCallback,
+        MemoryCallback,
+        OptimizerStatsCallback,
+    )
     from .trainer import AutomagicTrainer, AutomagicTrainerMixin
 
 # What needs transformers is imported when it is asked for: the optimizer itself works with torch alone.
 _NEEDS_TRANSFORMERS = {
     "AutomagicTrainer": "trainer",
     "AutomagicTrainerMixin": "trainer",
+    "CheckpointCallback": "callbacks",
     "EdgeCaseCallback": "callbacks",
     "EffectiveLRCallback": "callbacks",
     "MemoryCallback": "callbacks",
@@ -64,6 +72,7 @@ __all__ = [
     "Automagic_CameAMP_COptim",
     "Automagic_CameAMP_COptim8bit",
     "Automagic_CameAMP_Improved",
+    "CheckpointCallback",
     "CustomQuantizationStrategy",
     "EdgeCaseCallback",
     "EffectiveLRCallback",
@@ -78,6 +87,7 @@ __all__ = [
     "check_memory_leak",
     "check_quantization_quality",
     "create_automagic_optimizer",
+    "find_resumable_checkpoint",
     "get_optimizer_info",
     "get_recommended_config",
     "list_optimizers",

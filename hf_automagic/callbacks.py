@@ -11,9 +11,10 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .checkpoint import write_manifest
 from .optim.automagic import Automagic
 from .optim.events import Event, EventCode
-from .reporting.card import update_card
+from .reporting.card import start_card, update_card
 from .reporting.plots import draw_plots
 from .reporting.rates import unwrap_optimizer
 from .reporting.runs import begin_run, optimizer_logs, snapshot_at_log
@@ -45,6 +46,13 @@ def attach(trainer: Any, *callbacks: TrainerCallback) -> None:
     ours = [callback for callback in present if isinstance(callback, _LoggingCallback)]
     ours += [callback for callback in added if type(callback) not in kinds]
     present[:] = ours + [callback for callback in present if callback not in ours]
+
+
+def update_cards(trainer: Any) -> None:
+    """Puts the section into the model card that a Trainer has just written, where it keeps statistics."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, OptimizerStatsCallback):
+            callback.update_card(trainer.args.output_dir, trainer.optimizer)
 
 
 def logs_keys(trainer: Any) -> bool:
@@ -170,6 +178,21 @@ def _title(event: Event) -> str:
     return event.code.name
 
 
+class CheckpointCallback(TrainerCallback):
+    """Writes `checkpoint_manifest.json` into each checkpoint: sizes and digests, by which a broken one is found.
+
+    `AutomagicTrainer` has it, and resumes from the newest whole checkpoint; see `find_resumable_checkpoint`.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        """Waits for the files of all processes, and writes the manifest."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            write_manifest(folder)
+
+
 class OptimizerStatsCallback(_LoggingCallback):
     """Writes `optimizer_stats/` into the output folder: numbers and events as they come, plots and card at the end.
 
@@ -227,7 +250,13 @@ class OptimizerStatsCallback(_LoggingCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
-        """Draws the plots and brings the card up to date, for what is pushed."""
+        """Draws the plots and brings the card up to date, for what is pushed; begins a card where there is none.
+
+        A checkpoint is pushed before the Trainer has written its card.
+        """
+        readme = Path(str(args.output_dir)) / "README.md"
+        if self._writer is not None and self.card and not readme.exists():
+            start_card(readme, str(args.hub_model_id or Path(str(args.output_dir)).name).rpartition("/")[2])
         self.on_train_end(args, state, control, **event)
 
     def draw(self) -> None:
@@ -243,7 +272,7 @@ class OptimizerStatsCallback(_LoggingCallback):
     def update_card(self, output_dir: str | None, optimizer: Any) -> None:
         """Brings the section of the model card up to date, where there is a card.
 
-        A stock Trainer writes its card anew when it pushes, after every callback: the section then needs the mixin.
+        A Trainer writes its card anew when it pushes, after every callback: `update_cards` then puts the section back.
 
         Args:
             output_dir: where the card is.

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .config import AutomagicConfig, make_config, option_names, parse_option
+from .config import AutomagicConfig, make_config, option_names, parse_option, preset_options
 from .optim.automagic import Automagic
 from .optim.loss_hook import attach_loss_hook
 from .options import unknown_name_error
 from .peft import group_by_name, param_groups
+from .quantization import QuantizationStrategy
 from .registry import get_optimizer_info
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ def create_automagic_optimizer(
     lr: float = AutomagicConfig.lr,
     weight_decay: float = AutomagicConfig.weight_decay,
     new_modules: Iterable[str] = (),
+    quantization_strategy: QuantizationStrategy | None = None,
     **options: Any,
 ) -> Automagic:
     """Creates an optimizer for a model, with its parameters grouped by their role.
@@ -46,7 +48,9 @@ def create_automagic_optimizer(
         lr: where the search for the rate starts; the rate itself where the optimizer does not tune it.
         weight_decay: decoupled; not applied to biases, norms and magnitudes.
         new_modules: names of freshly initialised modules, which step at the adapters' rate.
-        **options: options of `AutomagicConfig`, such as `loraplus_lr_ratio` or `max_lr`.
+        quantization_strategy: decides, parameter by parameter, what is stored in few bits.
+        **options: options of `AutomagicConfig`, such as `loraplus_lr_ratio` or `max_lr`; `preset` names those of a
+            preset of `config.PRESETS`, over which all others win.
 
     Raises:
         TypeError: an optimizer, option or module of this name does not exist; the nearest one is given.
@@ -54,7 +58,7 @@ def create_automagic_optimizer(
     """
     options = {"lr": lr, "weight_decay": weight_decay, **options}
     cls, kwargs = optimizer_cls_and_kwargs(optim, options, model, new_modules=new_modules)
-    optimizer = cls(**kwargs)
+    optimizer = cls(**kwargs, quantization_strategy=quantization_strategy)
     if isinstance(model, nn.Module) and any(group["context"] for group in optimizer.param_groups):
         attach_loss_hook(model, optimizer)
     logger.info("%s", optimizer.describe())
@@ -68,7 +72,7 @@ def optimizer_cls_and_kwargs(
 
     Args:
         optim: a registered name.
-        options: options of `AutomagicConfig`; they win over the registered ones.
+        options: options of `AutomagicConfig`; they win over those of `preset`, and these over the registered ones.
         model: what to train, as for `create_automagic_optimizer`; without it there is no key `params`.
         new_modules: names of freshly initialised modules.
 
@@ -76,7 +80,8 @@ def optimizer_cls_and_kwargs(
         TypeError: an optimizer, option or module of this name does not exist; the nearest one is given.
         ValueError: an option is outside its bounds, or nothing is trainable.
     """
-    kwargs = {**get_optimizer_info(optim).options, **options}
+    given = dict(options)
+    kwargs = {**get_optimizer_info(optim).options, **preset_options(given.pop("preset", None)), **given}
     config = make_config(kwargs)
     if isinstance(model, nn.Module):
         groups = param_groups(model, weight_decay=config.weight_decay, new_modules=new_modules)
@@ -99,7 +104,8 @@ def parse_options(given: str | Mapping[str, Any] | None, base: Mapping[str, Any]
     """Reads options from a text such as `max_lr=3e-4, betas=0.9:0.99:0.999, factored=false`, or from a mapping.
 
     Texts are read by the option's type. Tuples are written with colons, or one number at a time as beta1, beta2,
-    beta3, eps1, eps2 and eps3. `new_modules` lists names of modules with colons.
+    beta3, eps1, eps2 and eps3. `new_modules` lists names of modules with colons, `preset` names one of
+    `config.PRESETS`.
 
     Args:
         given: what the user wrote.
@@ -114,10 +120,12 @@ def parse_options(given: str | Mapping[str, Any] | None, base: Mapping[str, Any]
     for name, value in given.items():
         if name == "new_modules":
             options[name] = tuple(value.split(":")) if isinstance(value, str) else tuple(value)
+        elif name == "preset":
+            options[name] = str(value)
         elif name in option_names():
             options[name] = parse_option(name, value) if isinstance(value, str) else value
         elif name not in TUPLE_ENTRIES:
-            raise unknown_name_error("option", name, (*option_names(), *TUPLE_ENTRIES, "new_modules"))
+            raise unknown_name_error("option", name, (*option_names(), *TUPLE_ENTRIES, "new_modules", "preset"))
     for name in TUPLE_ENTRIES.keys() & given.keys():
         whole, place = TUPLE_ENTRIES[name]
         numbers = list(options.get(whole) or (base or {}).get(whole) or getattr(AutomagicConfig, whole))

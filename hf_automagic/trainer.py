@@ -2,15 +2,14 @@
 
 import logging
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
-from .callbacks import OptimizerStatsCallback, attach, is_training_log
+from .callbacks import CheckpointCallback, attach, is_training_log, update_cards
+from .checkpoint import begin_checkpoint, find_problems, find_resumable_checkpoint, lacks_optimizer
 from .optim.automagic import Automagic
 from .reporting.rates import unwrap_optimizer
 from .reporting.runs import optimizer_logs, snapshot_at_log
@@ -18,10 +17,6 @@ from .reporting.runs import optimizer_logs, snapshot_at_log
 logger = logging.getLogger(__name__)
 
 STOP_AFTER = 50  # skipped steps in a row: a run that stands still for so long does not recover by itself
-
-# As Trainer saves it: optimizer.pt, optimizer.bin and the folder optimizer_0 of FSDP, rank0-of-2-optimizer.pt of XLA.
-OPTIMIZER_STATE = re.compile(r"(rank\d+-of-\d+-)?optimizer(\.(pt|bin).*|_\d+)")
-SCHEDULER_STATE = "scheduler.pt"
 
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -52,18 +47,20 @@ class AutomagicTrainerMixin(_Base):
         """Builds the Trainer, and puts our callbacks in front of its trackers; `remove_callback` takes one off."""
         super().__init__(*args, **kwargs)
         attach(self)
+        if not any(isinstance(callback, CheckpointCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(CheckpointCallback())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; refuses to resume from a checkpoint that lacks the optimizer's state.
+        """Trains; resumes from whole checkpoints only.
+
+        With `resume_from_checkpoint=True` it takes the newest that is whole, and says which it passed over and why.
 
         Raises:
-            ValueError: the checkpoint lacks it, and `allow_fresh_optimizer` is not set.
+            ValueError: the checkpoint is broken, or lacks the optimizer's state while `allow_fresh_optimizer` is not
+                set.
             RuntimeError: 50 steps in a row had a gradient that was not finite.
         """
-        checkpoint = kwargs.get("resume_from_checkpoint", args[0] if args else None)
-        if checkpoint and not self.is_deepspeed_enabled:
-            checkpoint = get_last_checkpoint(str(self.args.output_dir)) if checkpoint is True else checkpoint
-            _check_resume(checkpoint, self.allow_fresh_optimizer)
+        args, kwargs = self._with_whole_checkpoint(args, kwargs)
         # DeepSpeed and FSDP load without casting; model_init replaces the model, and must not find it held.
         loads_as_saved = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if isinstance(self.model, nn.Module) and self.model_init is None and not loads_as_saved:
@@ -74,6 +71,31 @@ class AutomagicTrainerMixin(_Base):
             if self._kept is not None:
                 self._kept.put_back()  # the best model, too, is loaded as fp32
                 self._kept = None
+
+    def _with_whole_checkpoint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the arguments of `train` with the checkpoint that is resumed, after a look at its files."""
+        given = kwargs.get("resume_from_checkpoint", args[0] if args else None)
+        if not given:
+            return args, kwargs
+        needs_optimizer = not self.allow_fresh_optimizer
+        if given is True:
+            found = find_resumable_checkpoint(str(self.args.output_dir), needs_optimizer=needs_optimizer)
+            given = True if found is None else str(found)  # without any, the Trainer's own message says so
+        elif os.path.isdir(given) and (problems := find_problems(given, needs_optimizer=needs_optimizer)):
+            raise ValueError(
+                f"{os.path.basename(os.path.normpath(given))} cannot be resumed: {problems[0]}; "
+                "resume_from_checkpoint=True finds the newest that can"
+            )
+        if given is not True and os.path.isdir(given) and lacks_optimizer(given):
+            logger.warning("%s lacks the optimizer's state: the optimizer starts afresh", os.path.basename(given))
+        return args[1:], {**kwargs, "resume_from_checkpoint": given}
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model; the first file of a checkpoint, which is not whole from here on until the last."""
+        folder = kwargs.get("output_dir", args[0] if args else None)
+        if folder is not None and self.is_in_train and self.args.should_save:
+            begin_checkpoint(folder)
+        super().save_model(*args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Creates the optimizer from parameters in the dtype that they had before a checkpoint was loaded."""
@@ -109,29 +131,11 @@ class AutomagicTrainerMixin(_Base):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card, with our section."""
         super().create_model_card(*args, **kwargs)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, OptimizerStatsCallback):
-                callback.update_card(self.args.output_dir, self.optimizer)
+        update_cards(self)
 
 
 class AutomagicTrainer(AutomagicTrainerMixin, Trainer):
     """transformers' Trainer with everything of AutomagicTrainerMixin."""
-
-
-def _check_resume(checkpoint: str | None, may_be_fresh: bool) -> None:
-    """Raises, or says, that a checkpoint lacks what the Trainer would silently do without."""
-    if checkpoint is None or not os.path.isdir(checkpoint):
-        return  # the Trainer's own message says so
-    files = os.listdir(checkpoint)
-    if SCHEDULER_STATE in files and any(OPTIMIZER_STATE.fullmatch(name) for name in files):
-        return
-    name = os.path.basename(os.path.normpath(checkpoint))
-    if not may_be_fresh:
-        raise ValueError(
-            f"{name} lacks optimizer.pt or {SCHEDULER_STATE}, so that the optimizer would silently start afresh; "
-            "resume from one saved without save_only_model, or set trainer.allow_fresh_optimizer = True"
-        )
-    logger.warning("%s lacks the optimizer's state: the optimizer starts afresh", name)
 
 
 class _KeptParameters:

@@ -25,6 +25,7 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=10_000, database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
 

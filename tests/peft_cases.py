@@ -176,8 +176,9 @@ TUNERS = [
 
 def adapt(tuner: Tuner) -> nn.Module:
     torch.manual_seed(0)
-    if not hasattr(peft, tuner.config):
-        pytest.skip(f"peft {peft.__version__} has no {tuner.config}")
+    for name in (tuner.config, *(value[0] for value in tuner.options.values() if isinstance(value, tuple))):
+        if not hasattr(peft, name):
+            pytest.skip(f"peft {peft.__version__} has no {name}")
     options = {
         name: getattr(peft, value[0])(**value[1]) if isinstance(value, tuple) else value
         for name, value in tuner.options.items()

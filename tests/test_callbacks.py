@@ -2,7 +2,10 @@
 
 import json
 import logging
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +59,7 @@ def with_a_bad_batch(count: int = 16) -> list[dict[str, torch.Tensor]]:
     return points
 
 
+@pytest.mark.matrix("T12")
 def test_keys_reach_the_history_of_a_stock_trainer(tmp_path):
     trainer = stock_trainer(tmp_path, OptimizerStatsCallback(plots=False))
     trainer.train()
@@ -87,6 +91,7 @@ def test_attaching_twice_attaches_once(tmp_path):
     assert kinds.count(OptimizerStatsCallback) == kinds.count(EdgeCaseCallback) == 1
 
 
+@pytest.mark.matrix("T12")
 def test_tensorboards_file_holds_the_keys(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -100,6 +105,7 @@ def test_tensorboards_file_holds_the_keys(tmp_path):
     assert rates == pytest.approx([log["optim/lr_mean"] for log in training_logs(trainer)])
 
 
+@pytest.mark.matrix("T12")
 def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
@@ -117,6 +123,22 @@ def test_trackio_receives_the_keys_as_floats(tmp_path, monkeypatch):
         assert all(type(row[f"train/{key}"]) is float for key in ours)
 
 
+def test_wandb_receives_the_keys_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "DISABLE_GIT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    trainer = stock_trainer(tmp_path / "out", report_to="wandb", run_name="run")
+    attach(trainer)
+    trainer.train()
+    summary, last = dict(wandb.run.summary), training_logs(trainer)[-1]
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    ours = {key: value for key, value in last.items() if key.startswith("optim/")}
+    assert {"optim/lr_mean", "optim/lr_full", "optim/skipped_steps", "optim/state_mb"} <= ours.keys()
+    assert {key: summary[f"train/{key}"] for key in ours} == ours
+
+
+@pytest.mark.matrix("T12")
 def test_all_callbacks_of_a_log_share_one_read(tmp_path, monkeypatch):
     reads = []
     take = OptimizerSnapshot.take
@@ -193,6 +215,32 @@ def test_a_resume_continues_the_files(tmp_path):
     record = RunRecord.read(tmp_path)
     assert [row["step"] for row in record.rows] == list(range(1, 9))
     assert [event["code"] for event in record.events] == ["NONFINITE_STEP"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from tests.test_callbacks import OptimizerStatsCallback, stock_trainer
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **event):
+        if state.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+stock_trainer(Path(sys.argv[1]), OptimizerStatsCallback(plots=False), Kill(), max_steps=8, logging_steps=2).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_leaves_its_files_readable_up_to_the_last_log(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=root, capture_output=True)
+    assert run.returncode == -signal.SIGKILL
+    record = RunRecord.read(tmp_path)
+    assert [row["step"] for row in record.rows] == [2, 4, 6]
+    assert all("optim/lr_mean" in row for row in record.rows)
+    assert record.config["memory"]["total_bytes"]
 
 
 def test_plots_are_drawn_at_the_end(tmp_path):

@@ -104,6 +104,7 @@ def test_error_stays_below_half_the_spacing(case: Case, x: torch.Tensor):
 @each_case
 @few_examples
 @given(x=matrices())
+@pytest.mark.matrix("T20")
 def test_zero_maps_to_zero(case: Case, x: torch.Tensor):
     x = stacked(x, case)
     decoded = case.codec.decode(case.codec.encode(x))
@@ -158,6 +159,7 @@ def test_encoding_what_was_decoded_changes_nothing(case: Case, x: torch.Tensor):
 @each_case
 @few_examples
 @given(x=matrices(), power=st.integers(-8, 8))
+@pytest.mark.matrix("T20")
 def test_scaling_by_a_power_of_two_scales_what_is_read(case: Case, x: torch.Tensor, power: int):
     x = stacked(x, case)
     x = x * (block_max(x, case) >= 2**-5)  # where float16 scales stay normal, and float32 does not overflow
@@ -170,6 +172,7 @@ def test_scaling_by_a_power_of_two_scales_what_is_read(case: Case, x: torch.Tens
 @few_examples
 @given(value=st.floats(2**-10, 6e4, width=32), sign=st.sampled_from([1, -1]), cols=st.integers(1, 80))
 @example(value=1.0, sign=1, cols=1)
+@pytest.mark.matrix("T6", "T20")
 def test_constant_blocks_are_exact_up_to_their_scale(case: Case, value: float, sign: int, cols: int):
     x = stacked(torch.full((2, cols), value * sign), case)
     error = (case.codec.decode(case.codec.encode(x)) / x - 1).abs().max()

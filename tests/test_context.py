@@ -273,16 +273,16 @@ def test_effective_lr_is_base_lr_times_multiplier_to_the_bit(self_tuning):
         step(optimizer, t, loss + (t == 50))
         multiplier = torch.tensor(optimizer.c_optim.compute_contextual_lr_multiplier())
         for group in optimizer.param_groups:
-            assert torch.equal(group["applied_lr"], group["base_lr"] * multiplier)
+            assert torch.equal(group["effective_lr"], group["base_lr"] * multiplier)
     assert multiplier != 1
-    assert optimizer.get_learning_rates() == [float(optimizer.param_groups[0]["applied_lr"])]
+    assert optimizer.get_learning_rates() == [float(optimizer.param_groups[0]["effective_lr"])]
 
 
 def test_the_update_uses_the_multiplied_rate():
     ours, plain = build(self_tuning=False), build(self_tuning=False, context=False)
     for t, loss in enumerate(falling(45).tolist()):
         step(ours, t, loss)
-        plain.param_groups[0]["lr"] = ours.param_groups[0]["applied_lr"].item()
+        plain.param_groups[0]["lr"] = ours.param_groups[0]["effective_lr"].item()
         step(plain, t)
     assert ours.c_optim.compute_contextual_lr_multiplier() > 1.05
     for a, b in zip(ours.param_groups[0]["params"], plain.param_groups[0]["params"], strict=True):

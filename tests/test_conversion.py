@@ -101,6 +101,7 @@ def test_a_checkpoint_of_any_form_loads_into_any_other(before: str, after: str, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.matrix("T3", "T4")
 def test_a_checkpoint_of_the_same_form_resumes_to_the_bit(
     form: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ):

@@ -14,6 +14,7 @@ CASE_IDS = [case.name for case in CASES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
+@pytest.mark.matrix("T21")
 def test_matches_the_reference(case: Case):
     twins = Twins(case)
     for step in range(12):
@@ -79,6 +80,7 @@ def test_a_matrix_swept_in_row_slices_equals_the_whole(options, tolerance, monke
         assert float((a - b).norm()) <= tolerance * float((a - origin).norm())
 
 
+@pytest.mark.matrix("T17")
 def test_the_same_inputs_give_the_same_bits():
     assert all(map(torch.equal, _train(), _train()))
 
@@ -105,6 +107,7 @@ def _pair_of_optimizers(reference_class, reference_options, **options):
     ],
     ids=["torch AdamW", "came-pytorch"],
 )
+@pytest.mark.matrix("T21")
 def test_with_its_features_off_it_is_the_published_optimizer(reference_class, reference_options, options, steps):
     generator, ours, theirs, optimizer, reference = _pair_of_optimizers(reference_class, reference_options, **options)
     for _ in range(steps):
@@ -133,6 +136,7 @@ def test_no_step_is_longer_than_its_rate(signal):
             assert float((param.detach() - old).square().mean().sqrt()) <= 1.02 * rate
 
 
+@pytest.mark.matrix("T6")
 def test_the_first_steps_of_a_lora_are_finite_and_leave_A_alone_while_its_gradient_is_zero():
     torch.manual_seed(0)
     A, B = torch.nn.Parameter(torch.randn(8, 64) * 0.1), torch.nn.Parameter(torch.zeros(64, 8))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_automagic import Automagic, AutomagicConfig
+from hf_automagic import Automagic, AutomagicConfig, CustomQuantizationStrategy
 from hf_automagic.factory import create_automagic_optimizer, optimizer_cls_and_kwargs, parse_options
 from hf_automagic.registry import get_optimizer_info, list_optimizers
 
@@ -44,6 +44,21 @@ def test_options_win_over_the_record_and_the_record_over_the_defaults():
     optimizer = create_automagic_optimizer(tiny_model(), "came_8bit", lr=1e-3, block_size=64)
     assert optimizer.config == AutomagicConfig(lr=1e-3, self_tuning=False, block_size=64)
     assert create_automagic_optimizer(tiny_model(), "came_8bit", self_tuning=True).config == AutomagicConfig()
+
+
+def test_options_win_over_a_preset_and_a_preset_over_the_record():
+    optimizer = create_automagic_optimizer(tiny_model(), preset="conservative", error_correction=False)
+    assert optimizer.config == AutomagicConfig(lr_granularity="element")
+    optimizer = create_automagic_optimizer(tiny_model(), "automagic_coptim_8bit", preset="aggressive")
+    assert (optimizer.config.vector_precision, optimizer.config.context) == ("log16", True)
+    assert parse_options("preset=balanced, max_lr=1e-2") == {"preset": "balanced", "max_lr": 1e-2}
+    with pytest.raises(TypeError, match="no preset 'agressive'; did you mean 'aggressive'"):
+        create_automagic_optimizer(tiny_model(), preset="agressive")
+
+
+def test_a_quantization_strategy_reaches_the_optimizer():
+    strategy = CustomQuantizationStrategy()
+    assert create_automagic_optimizer(tiny_model(), quantization_strategy=strategy).quantization_strategy is strategy
 
 
 def test_biases_and_norms_do_not_decay():

@@ -49,6 +49,7 @@ def test_for_300_steps():
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T25")
 def test_for_20000_steps():
     # a mask counts votes, some of which are close: masks differ by a tenth of their spread, and weights by as much
     compare(20_000, vectors=0.01, mask=0.15, weights=0.15)

@@ -4,9 +4,7 @@ import copy
 import gc
 import logging
 import math
-import multiprocessing
 import pickle
-import socket
 import weakref
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_automagic import Automagic
 from hf_automagic.optim.loss_hook import attach_loss_hook, find_loss
+from tests.ranks import Ranks
 
 
 class Model(nn.Module):
@@ -430,10 +429,8 @@ def test_ranks_average_their_losses_and_a_silent_one_takes_part(monkeypatch, own
     assert len(contributions) == 1
 
 
-def run_rank(rank: int, port: int, results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = Model()
+def losses_of_a_rank() -> tuple[float, ...]:
+    rank, model = torch.distributed.get_rank(), Model()
     optimizer = build(model)
     for t in range(4):
         model.weight.grad = torch.ones_like(model.weight)
@@ -441,22 +438,28 @@ def run_rank(rank: int, port: int, results) -> None:
         if t == 3:
             loss, model.weight.grad = torch.tensor(1.0), None if rank else model.weight.grad
         optimizer.step(loss=loss)
-    results.put((rank, optimizer.c_optim.history().losses))
-    torch.distributed.destroy_process_group()
+    return optimizer.c_optim.history().losses
 
 
 @pytest.mark.slow
 def test_two_ranks_agree_on_the_loss_and_none_waits_for_ever():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
-    ranks = [spawn.Process(target=run_rank, args=(rank, port, results)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    losses = dict(results.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(timeout=60)
-    assert losses[0] == pytest.approx((5.0, 11.0, math.nan, 1.0), nan_ok=True)
-    assert losses[1] == pytest.approx(losses[0][:3], nan_ok=True)
+    ranks = Ranks(2)
+    try:
+        first, second = ranks.run(losses_of_a_rank)
+    finally:
+        ranks.stop()
+    assert first == pytest.approx((5.0, 11.0, math.nan, 1.0), nan_ok=True)
+    assert second == pytest.approx(first[:3], nan_ok=True)
+
+
+def test_a_loaders_trial_step_at_rate_zero_needs_no_loss(caplog):
+    """Torch's distributed checkpoints take such a step before they load."""
+    model = Model()
+    optimizer = build(model)
+    model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert caplog.records == []
+    optimizer.param_groups[0]["lr"] = 1e-3
+    optimizer.step()
+    assert len(caplog.records) == 1

@@ -95,6 +95,7 @@ def held(optimizer: Automagic) -> int:
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", list(MODELS)[:6])
+@pytest.mark.matrix("T19")
 def test_stats_are_the_tensors_and_known_before_they_exist(name: str, options: dict[str, Any]):
     real = built(name, "cpu")
     optimizer = Automagic(param_groups(real), **options)

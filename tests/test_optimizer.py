@@ -39,6 +39,7 @@ def save_and_load(optimizer):
 
 
 @pytest.mark.parametrize("options", [{}, {"lr_granularity": "element"}, {"self_tuning": False}], ids=str)
+@pytest.mark.matrix("T25")
 def test_converges_on_a_bowl(options):
     params, optimizer = make(lr=1e-3, max_lr=1e-2, **options)
     targets = [p.detach() + 0.02 * torch.ones_like(p) for p in params]
@@ -312,6 +313,7 @@ def test_a_step_without_any_gradient_does_nothing():
 @pytest.mark.parametrize(
     "shape", [(), (1,), (0,), (0, 4), (4, 0), (1, 1), (1, 9), (9, 1), (3, 2, 5), (2, 3, 1, 1)], ids=str
 )
+@pytest.mark.matrix("T5")
 def test_odd_shapes_step(shape):
     params, optimizer = make((shape, (8, 8)))
     run(params, optimizer, range(3))
@@ -353,6 +355,8 @@ def test_an_empty_group_is_no_trouble():
         ({"betas": (0.9, 1.0, 0.999)}, ValueError, "betas must be between"),
         ({"block_size": 100}, ValueError, "power of two from 32 to 4096, got 100"),
         ({"codec": "softsing"}, TypeError, "did you mean 'softsign'"),
+        ({"eps": (1e-30, 0.0, 1e-8)}, ValueError, "eps must be between 1e-30 and inf, got 0.0"),
+        ({"came_mode": "paper", "betas": (0.0, 0.9, 0.9)}, ValueError, "'paper' needs a first beta above 0"),
         ({"min_lr": 1e-2}, ValueError, "min_lr must not exceed max_lr"),
         ({"weight_decay": "0.1"}, TypeError, "weight_decay must be a number"),
     ],

@@ -55,7 +55,7 @@ def test_the_wheel_holds_the_package_whole_and_nothing_else(wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == package_files()
-    assert "hf_automagic/py.typed" in names
+    assert {"hf_automagic/py.typed", "hf_automagic/reporting/card_section.md"} <= names
 
 
 def test_the_source_distribution_holds_no_tests_and_no_data(built: Path) -> None:
@@ -87,6 +87,25 @@ def test_every_named_dependency_is_pinned(metadata: Message) -> None:
         (pin,) = pins[canonicalize_name(requirement.name)].specifier
         assert pin.operator == "=="
         assert requirement.specifier.contains(pin.version), f"{requirement} excludes its pin {pin}"
+
+
+@pytest.mark.slow
+def test_an_index_would_take_what_is_built(built: Path) -> None:
+    pytest.importorskip("twine")
+    checked = run(sys.executable, "-m", "twine", "check", "--strict", *built.iterdir())
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.count("PASSED") == 2
+
+
+@pytest.mark.slow
+def test_the_reference_is_built_from_the_docstrings_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    pytest.importorskip("transformers")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    script = run(sys.executable, ROOT / "scripts" / "api_reference.py", tmp_path, env=env)
+    assert script.returncode == 0, script.stderr[-4000:]
+    pages = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in tmp_path.rglob("*.html")}
+    assert {"hf_automagic", "hf_automagic/optim/automagic", "hf_automagic/config", "hf_automagic/trainer"} <= pages
 
 
 STEP = """

@@ -61,6 +61,19 @@ def test_plots_are_wide_enough_small_enough_and_on_their_own_paper(tmp_path):
             assert file.stat().st_size <= 200_000
 
 
+def test_a_schedule_that_ends_at_zero_does_not_squeeze_the_rates(monkeypatch):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    drawn: list[Axes] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.extend(figure.axes))
+    ends = [{"step": 40, "optim/lr_A": 1e-13, "optim/lr_full": 1e-14, "learning_rate": 1e-15}]
+    draw_plots(RunRecord(CONFIG, rows() + ends, []), ".")
+    lower, upper = drawn[0].get_ylim()
+    assert 0.5e-8 <= lower <= 1e-8
+    assert upper >= 1e-3
+
+
 @pytest.mark.parametrize("theme", PALETTES)
 def test_every_colour_stands_out_from_its_paper(theme):
     palette = PALETTES[theme]

@@ -74,7 +74,7 @@ class Probe(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **event: Any) -> None:
         for group in optimizer.param_groups:
             self.steps[-1].lr_after.append(group["lr"])
-            self.steps[-1].applied.append(float(group["applied_lr"]))
+            self.steps[-1].applied.append(float(group["effective_lr"]))
 
 
 def tuned_rate(group: dict[str, Any]) -> float:
@@ -126,6 +126,7 @@ KINDS = [kind.value for kind in SchedulerType]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix("T11")
 def test_a_schedule_multiplies_the_tuned_rate_and_stays_the_logged_one(tmp_path, kind):
     trainer, probe = run(tmp_path, kind, "loraplus_lr_ratio=4")
     starts = [group["initial_lr"] for group in inner(trainer).param_groups]
@@ -145,6 +146,7 @@ def test_a_schedule_multiplies_the_tuned_rate_and_stays_the_logged_one(tmp_path,
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.matrix("T11")
 def test_without_self_tuning_the_schedule_is_the_rate(tmp_path, kind):
     _, probe = run(tmp_path, kind, "self_tuning=false")
     for seen in probe.steps:

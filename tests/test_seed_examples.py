@@ -241,7 +241,7 @@ def check_strategy(names: Names) -> None:
 
 def check_effective_rate(names: Names) -> None:
     assert names["lr_multiplier"] != 1.0
-    assert np.float32(names["effective_lr"]) == names["optimizer"].param_groups[0]["applied_lr"].numpy()
+    assert np.float32(names["effective_lr"]) == names["optimizer"].param_groups[0]["effective_lr"].numpy()
 
 
 def check_consistency(names: Names) -> None:

@@ -244,7 +244,7 @@ def test_the_rates_of_every_parameter_are_read(granularity):
     rates = monitor_learning_rates(optimizer)
     assert list(rates) == [A, B, SHIFT, CONV]
     for number, group in ((A, 0), (CONV, -1)):
-        applied, found = float(optimizer.param_groups[group]["applied_lr"]), rates[number]
+        applied, found = float(optimizer.param_groups[group]["effective_lr"]), rates[number]
         assert (found["min"] < applied < found["max"]) == (granularity == "element")
         assert found["min"] <= found["mean"] <= found["max"]
         if granularity == "tensor":

@@ -86,7 +86,7 @@ def test_views_are_keyed_as_the_state_dict():
 def test_the_mask_shows_the_rate_that_each_element_stepped_with():
     model, optimizer = make(sync_frequency=1000)
     run(model, optimizer, 30)
-    rate = optimizer.param_groups[0]["applied_lr"]
+    rate = optimizer.param_groups[0]["effective_lr"]
     codes = states_of(optimizer, model.lora_A)["lr_mask"].double()
     expected = float(rate) * 10 ** (4 / 255 * (codes - 128))
     mask = optimizer.high_precision_states[A]["lr_mask"]

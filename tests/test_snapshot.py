@@ -77,7 +77,7 @@ def test_rates_of_single_elements_are_summarised():
     group = optimizer.param_groups[0]
     factors = torch.cat([element_factor(optimizer.state[p]["lr_mask"]).flatten() for p in group["params"]])
     rates = OptimizerSnapshot.take(optimizer).groups[0].lr
-    applied = float(group["applied_lr"])
+    applied = float(group["effective_lr"])
     assert factors.min() < 1 < factors.max()
     assert rates.minimum == pytest.approx(applied * float(factors.min()))
     assert rates.mean == pytest.approx(applied * float(factors.mean()))

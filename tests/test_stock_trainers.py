@@ -59,6 +59,7 @@ def banner(caplog) -> str:
 
 
 @pytest.mark.parametrize("optim", list_optimizers())
+@pytest.mark.matrix("T1")
 def test_every_string_trains_an_adapter_and_resumes_bit_for_bit(tmp_path, optim):
     whole = language(tmp_path, tiny_adapter(), optim=optim, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()

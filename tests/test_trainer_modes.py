@@ -78,6 +78,7 @@ def test_four_micro_batches_are_one_step_with_the_loss_that_is_logged(tmp_path, 
     assert logged_losses(trainer) == seen_losses(trainer)
 
 
+@pytest.mark.matrix("T18")
 def test_four_micro_batches_step_as_one_large_batch(tmp_path):
     small = regression(tmp_path, gradient_accumulation_steps=4)
     large = regression(tmp_path, per_device_train_batch_size=8)
@@ -93,6 +94,7 @@ def uneven_points() -> list[dict[str, torch.Tensor]]:
     return [{"x": point["x"], "y": point["y"] * (1 + i % 5)} for i, point in enumerate(regression_points(64))]
 
 
+@pytest.mark.matrix("T18")
 def test_our_clipping_does_what_the_trainers_does(tmp_path):
     theirs = regression(tmp_path, points=uneven_points(), max_grad_norm=0.5)
     ours = regression(tmp_path, points=uneven_points(), max_grad_norm=0.0, optim_args="max_grad_norm=0.5")
@@ -114,6 +116,7 @@ def with_scaler(trainer: Trainer) -> Trainer:
 
 
 @CLASSES
+@pytest.mark.matrix("T7")
 def test_a_step_that_the_scaler_skips_leaves_no_trace(tmp_path, cls):
     points = regression_points(12)
     overflowing = [{"x": torch.full((4,), torch.inf), "y": torch.zeros(1)}] * 2
@@ -146,6 +149,7 @@ COMPILERS = [
 
 @CLASSES
 @pytest.mark.parametrize("backend", COMPILERS)
+@pytest.mark.matrix("T18")
 def test_a_compiled_model_keeps_its_names_and_shows_its_losses(tmp_path, cls, backend):
     trainer = language(
         tmp_path, cls, tiny_adapter(), torch_compile=True, torch_compile_backend=backend, save_strategy="steps"
@@ -162,6 +166,7 @@ def test_a_compiled_model_keeps_its_names_and_shows_its_losses(tmp_path, cls, ba
 
 
 @CLASSES
+@pytest.mark.matrix("T18")
 def test_gradient_checkpointing_changes_no_step_and_counts_no_loss_twice(tmp_path, cls):
     plain, checkpointed = (
         language(tmp_path / str(on), cls, gradient_checkpointing=on, gradient_accumulation_steps=2)
@@ -221,6 +226,7 @@ class RunsOutOfMemory(TinyRegression):
 
 
 @CLASSES
+@pytest.mark.matrix("T16")
 def test_an_attempt_that_ran_out_of_memory_is_not_counted(tmp_path, cls):
     points = regression_points(64)
     points[9]["x"] = torch.full((4,), torch.nan)  # in the second step of both attempts
@@ -247,7 +253,7 @@ def test_an_attempt_that_ran_out_of_memory_is_not_counted(tmp_path, cls):
 def test_a_lone_micro_batch_before_the_lack_of_memory_belongs_to_no_step(tmp_path, cls):
     trainer = regression(tmp_path, cls, optim=CONTEXT, model=RunsOutOfMemory(), **FINDS_ITS_BATCH)
     trainer.train()
-    assert list(inner(trainer).c_optim.history().losses[2:]) == pytest.approx(logged_losses(trainer))
+    assert logged_losses(trainer) == seen_losses(trainer, skip=2)
 
 
 # searches

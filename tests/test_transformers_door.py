@@ -3,36 +3,12 @@
 What changes or watches the process (the enum, the import system, logging) runs in processes of its own.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-import hf_automagic
+from tests.processes import report
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-ROOT = str(Path(hf_automagic.__file__).parent.parent)
-
-
-def run_python(code: str, *argv: object) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that finds this package."""
-    path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-
-
-def report(code: str, *argv: object) -> dict:
-    """Runs code that assigns a dict `seen`, and returns it."""
-    done = run_python(f"import json, sys\nseen = {{}}\n{code}\nprint('SEEN' + json.dumps(seen))", *argv)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.rpartition("SEEN")[2])
-
 
 CONFIGS = """
 import contextlib, copy, dataclasses, io, os, pickle
@@ -104,6 +80,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.matrix("T23")
 def test_the_string_works_in_every_place(configs, place):
     assert configs[0][place] == "automagic_8bit"
 
@@ -227,11 +204,13 @@ def late_import(configs):
     return report(SHAPE + LATE_IMPORT, configs[1] / "training_args.bin")
 
 
+@pytest.mark.matrix("T23")
 def test_saved_arguments_load_where_we_are_not_installed(configs, late_import):
     assert configs[0]["types"] == ["str", "OptimizerNames"]
     assert late_import["saved"] == {"optim": "automagic_8bit", "ours": [], "refused": True}
 
 
+@pytest.mark.matrix("T23")
 def test_registering_is_idempotent_reversible_and_keeps_away_from_built_in_names(late_import):
     assert {place: seen for place, seen in late_import.items() if place != "saved"} == {
         "us last": GOOD,

@@ -112,7 +112,7 @@ def assert_alike(eager: Automagic, fused: Automagic, starts: list[torch.Tensor],
         for name, value in eager.state[p].items():
             _assert_state(name, value, fused.state[q][name], deep)
     for mine, other in zip(eager.param_groups, fused.param_groups, strict=True):
-        for name in ("log_rate", "base_lr", "applied_lr", "update_rms"):
+        for name in ("log_rate", "base_lr", "effective_lr", "update_rms"):
             torch.testing.assert_close(mine[name], other[name], rtol=1e-4 * deep, atol=1e-6)
     assert {k: int(v) for k, v in eager.param_groups[0]["counters"].items()} == {
         k: int(v) for k, v in fused.param_groups[0]["counters"].items()

@@ -122,6 +122,7 @@ def test_a_loss_reweighted_outside_the_model_is_another_loss(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.matrix("T2")
 def test_sft_with_the_mixin_resumes_bit_for_bit(tmp_path, dtype):
     changes = {"mixin": True, "max_steps": 4}
     whole = build(METHODS[0], tmp_path, model=tiny_adapter(dtype), save_strategy="steps", save_steps=2, **changes)

@@ -17,6 +17,7 @@ __all__ = [
     "make_config",
     "option_names",
     "parse_option",
+    "preset_options",
     "storage_option_names",
 ]
 
@@ -63,6 +64,11 @@ class AutomagicConfig(StorageOptions, SpatialOptions, PairOptions, ContextOption
 
     def _check_comparison(self) -> None:
         modes = f"came_mode 'stable' and momentum_order 'after', got {self.came_mode!r} and {self.momentum_order!r}"
+        if self.came_mode == "paper" and not self.betas[0]:
+            raise ValueError(
+                f"came_mode 'paper' needs a first beta above 0, got betas {self.betas!r}: with 0 its residual is "
+                "zero, and it divides by that; use came_mode 'stable'"
+            )
         if self.context:
             raise ValueError(
                 f"context needs {modes}: the modes for comparison measure no consistency; turn context off"
@@ -85,9 +91,7 @@ class AutomagicConfig(StorageOptions, SpatialOptions, PairOptions, ContextOption
         Raises:
             TypeError: there is no such preset or option; the nearest name is given.
         """
-        if name not in PRESETS:
-            raise unknown_name_error("preset", name, PRESETS)
-        return make_config({**PRESETS[name], **changes})
+        return make_config({**preset_options(name), **changes})
 
     def replace(self, **changes: Any) -> "AutomagicConfig":
         """Returns a copy with some options changed, checked anew."""
@@ -101,6 +105,17 @@ AutomagicConfig.__doc__ = (AutomagicConfig.__doc__ or "").rstrip() + "\n" + desc
 def option_names() -> tuple[str, ...]:
     """Returns the names of all options, in order."""
     return tuple(field.name for field in dataclasses.fields(AutomagicConfig))
+
+
+def preset_options(name: str | None) -> dict[str, Any]:
+    """Returns the options of a preset of `PRESETS`, none without a name.
+
+    Raises:
+        TypeError: there is no such preset; the nearest name is given.
+    """
+    if name is not None and name not in PRESETS:
+        raise unknown_name_error("preset", name, PRESETS)
+    return {} if name is None else dict(PRESETS[name])
 
 
 def make_config(options: Mapping[str, Any]) -> AutomagicConfig:

@@ -36,7 +36,7 @@ class StepOptions:
     )
     lr_search: bool = option(
         False,
-        "Starts at lr and climbs to the rail while gradients agree with the momentum. No task measured gained from it.",
+        "Starts at lr and climbs to the rail while gradients agree with the momentum; no task measured gained by it.",
     )
     lr_granularity: Literal["tensor", "element"] = option(
         "tensor",
@@ -93,7 +93,7 @@ class StepOptions:
         (1e-30, 1e-16, 1e-8),
         "Floors: of the squared gradient (only came_mode='paper'), of the squared residual, of Adam's denominator "
         "(only momentum_order='before').",
-        low=0,
+        low=1e-30,  # 0 divides zero by zero where a gradient is zero
     )
     clip_threshold: float = option(
         1.0, "The normalised gradient of a matrix is scaled down to this RMS (Adafactor, arXiv 1804.04235).", low=1e-3

@@ -3,6 +3,7 @@
 Everything here works on stock classes, `Trainer` and those of TRL; `AutomagicTrainerMixin` adds what these cannot do.
 """
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..callbacks import logs_keys
+from ..callbacks import logs_keys, update_cards
 from ..optim.automagic import Automagic
 from ..optim.loss_hook import attach_loss_hook, detach_loss_hooks
 from ..peft import param_groups
@@ -54,6 +55,7 @@ def create_optimizer_with_care(trainer: Any, create: Callable[..., Any], *args: 
     inner = unwrap_optimizer(optimizer)
     if isinstance(inner, Automagic):
         _listen(trainer, inner, model)
+        _sign_cards(trainer)
         if is_new and trainer.args.should_log:
             show_banner_logs()
             logger.info("%s", _introduction(trainer, inner))
@@ -117,6 +119,23 @@ class _LossWindow(TrainerCallback):
         inner = unwrap_optimizer(event.get("optimizer"))
         if isinstance(inner, Automagic):
             inner.loss_intake.clear()
+
+
+# The card.
+
+
+def _sign_cards(trainer: Any) -> None:
+    """Puts our section into the cards of a stock Trainer: it writes them after the last event for callbacks."""
+    if isinstance(trainer, AutomagicTrainerMixin) or "create_model_card" in vars(trainer):
+        return
+    write_card = trainer.create_model_card
+
+    @functools.wraps(write_card)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        write_card(*args, **kwargs)
+        update_cards(trainer)
+
+    trainer.create_model_card = create_model_card
 
 
 # The banner.

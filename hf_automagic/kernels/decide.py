@@ -16,7 +16,8 @@ def decide(
     offender = tl.load(control + f.OFFENDER)
     other = tl.load(outside)
     offender = tl.minimum(offender, tl.where(other < 0, f.NOBODY, other))
-    tl.store(control + f.OFFENDER, offender)
+    tl.store(control + f.FOUND, offender)
+    tl.store(control + f.OFFENDER, f.NOBODY)
     tl.store(finite, (offender == f.NOBODY).to(tl.uint8))
     if HAS_NORM:
         square = sum_of(sums + f.SUM_GRAD * n_tiles, n_tiles, 1024) + tl.load(outside_square)
@@ -148,7 +149,7 @@ def finish(
         step = step.to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(step, mask=stepped, other=0.0) + 1.0, mask=stepped)
         start += SIZE
-    offender = tl.load(control + f.OFFENDER)
+    offender = tl.load(control + f.FOUND)
     one = is_finite.to(tl.int64)
     applied, skipped = tl.load(control + f.APPLIED) + one, tl.load(control + f.SKIPPED) + 1 - one
     run = tl.where(is_finite, 0, tl.load(control + f.CONSECUTIVE) + 1)
@@ -158,6 +159,5 @@ def finish(
     tl.store(control + f.SKIPPED, skipped)
     tl.store(control + f.CONSECUTIVE, run)
     tl.store(control + f.LAST_OFFENDER, latest)
-    tl.store(control + f.OFFENDER, f.NOBODY)
     if RECORD:
         _record(control, events, CAPACITY, applied, skipped, run, latest)

@@ -72,12 +72,14 @@ UPDATE_RMS = tl.constexpr(3)
 RATES_WIDTH = tl.constexpr(4)
 
 # int64: the control block
-OFFENDER = tl.constexpr(0)  # of this step, NOBODY without one
+OFFENDER = tl.constexpr(0)  # of the look under way, NOBODY without one
 APPLIED = tl.constexpr(1)
 SKIPPED = tl.constexpr(2)
 CONSECUTIVE = tl.constexpr(3)
 LAST_OFFENDER = tl.constexpr(4)
 RECORDED = tl.constexpr(5)
+FOUND = tl.constexpr(6)  # the offender that `decide` has read, so that the next look starts anew
+CONTROL_WIDTH = tl.constexpr(7)
 NOBODY = tl.constexpr(2**62)
 
 # float32, one line for each tensor: what a step measured

@@ -20,7 +20,7 @@ class Launch:
     Args:
         kernel: of `triton.jit`.
         programs: how many.
-        arguments: all of them in order, tensors and constants; where the tensors lie is noted in the first launch.
+        arguments: all of them in order, tensors and constants; where the tensors lie is noted by `prepare`.
     """
 
     kernel: Any
@@ -29,16 +29,20 @@ class Launch:
     _run: Any = None
     _addresses: tuple[Any, ...] = ()
 
-    def __call__(self, stream: int) -> None:
-        """Launches; compiles it the first time."""
-        if self._run is not None:
-            self._run(*self._addresses, stream=stream)
-            return
-        compiled = self.kernel[(self.programs,)](*self.arguments)
-        if IS_DIRECT:
+    def prepare(self) -> None:
+        """Compiles the kernel and loads it, which may fail, before anything is launched."""
+        if IS_DIRECT and self._run is None:
+            compiled = self.kernel.warmup(*self.arguments, grid=(self.programs,))
             self._run = compiled[(self.programs, 1, 1)]
             self._addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments)
             self.arguments = ()  # scratch is not to be kept between steps
+
+    def __call__(self, stream: int) -> None:
+        """Launches."""
+        if self._run is not None:
+            self._run(*self._addresses, stream=stream)
+        else:
+            self.kernel[(self.programs,)](*self.arguments)
 
 
 def current_stream(device: torch.device) -> int:

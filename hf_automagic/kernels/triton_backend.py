@@ -21,7 +21,7 @@ Every other sweep runs backwards, so that it begins with what the cache still ho
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,12 +68,17 @@ class TritonStep:
         self.group_values: list[float] = []
         self.kept: list[Tensor] = []
         self.launches: tuple[list[Launch], ...] = ()
+        self.scratch: Tensor | None = None
+        self.written = 0  # launches of the sweeps that are done
+        self.is_looking = False
         self.planned: dict[Any, tuple[list[Launch], ...]] = {}
         new = self._new
         self.grads = new(len(self.numels), torch.int64)
         self.gains = new(2 * len(self.numels), torch.int64)
         self.groups = new(n_groups * f.GROUP_WIDTH.value)
-        self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0], dtype=torch.int64).to(self.device)
+        self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0, f.NOBODY.value], dtype=torch.int64).to(
+            self.device
+        )
         self.rates = new(n_groups * f.RATES_WIDTH.value).view(n_groups, -1)
         self.stats = new(len(self.numels) * f.STATS_WIDTH.value)
         self.totals = new(3 * n_groups).view(-1, 3)
@@ -83,7 +88,7 @@ class TritonStep:
         self.flag = self.finite.view(torch.uint8)  # the kernels' own view
         self.outside, self.outside_square = new((), torch.int64).fill_(-1), new(())
         self.rate_views = [tuple(line.unbind()) for line in self.rates.unbind()]
-        self.counter_views = list(self.control[1:].unbind())
+        self.counter_views = list(self.control[f.APPLIED.value : f.RECORDED.value + 1].unbind())
 
     def _new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -91,6 +96,10 @@ class TritonStep:
     def is_current(self) -> bool:
         """Whether the weights still lie where the tables say."""
         return [p.data_ptr() for p in self.params] == self.param_addresses
+
+    def are_gradients_in_place(self) -> bool:
+        """Whether the gradients still lie where they were seen last."""
+        return [0 if p.grad is None else p.grad.data_ptr() for p in self.params] == self.seen
 
     def take_gradients(self) -> None:
         """Notes where the gradients are; uploads only when one has moved."""
@@ -140,43 +149,60 @@ class TritonStep:
         host = torch.tensor(values, dtype=dtype)
         return host.pin_memory() if self.grads.is_cuda else host
 
-    @contextlib.contextmanager
-    def prepared(self, max_norm: float | None, is_global: bool, events: Tensor | None) -> Iterator[None]:
-        """Holds the scratch of one step; between steps the allocator gives it to others.
+    def open(self, max_norm: float | None, is_global: bool, events: Tensor | None) -> None:
+        """Takes the scratch of one step, which `close` gives back; whatever may fail has been done afterwards.
 
         Args:
             max_norm: largest norm of all gradients, None for no clip.
             is_global: whether all groups share one tuned rate.
             events: the buffer to record in, None where somebody else does  # [capacity, 4]
         """
-        scratch = torch.empty(self.tables.scratch_size, device=self.device)
-        key = (scratch.data_ptr(), max_norm, is_global, None if events is None else events.data_ptr())
+        if self.is_looking:  # an interrupted look may have left the offender of other gradients
+            self.control[f.OFFENDER.value].fill_(f.NOBODY.value)
+        self.scratch = torch.empty(self.tables.scratch_size, device=self.device)
+        key = (self.scratch.data_ptr(), max_norm, is_global, None if events is None else events.data_ptr())
         if key not in self.planned:
             if len(self.planned) >= REMEMBERED:
                 self.planned.clear()
-            self.planned[key] = self._plan_launches(scratch, max_norm, is_global, events)
-        self.launches = self.planned[key]
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            self.stream = current_stream(self.device)
-            yield
+            launches = self._plan_launches(self.scratch, max_norm, is_global, events)
+            with self._on_device():
+                for launch in (launch for part in launches for launch in part):
+                    launch.prepare()
+            self.planned[key] = launches
+        self.launches, self.written = self.planned[key], 0
+
+    def close(self) -> None:
+        """Gives the scratch back: between steps others have it."""
+        self.scratch, self.launches = None, ()
         if not IS_DIRECT:  # such launches hold the scratch itself
             self.planned.clear()
-            self.launches = ()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def look(self) -> None:
         """Runs sweep 1 and decides: afterwards `finite`, `clip` and `rates` are those of this step."""
-        for launch in self.launches[0]:
-            launch(self.stream)
+        self.is_looking = True
+        self._launch(self.launches[0])
+        self.is_looking = False
 
     def sweep(self) -> None:
-        """Runs the other sweeps: states and weights are written."""
-        for launch in self.launches[1]:
-            launch(self.stream)
+        """Runs the other sweeps, from where an interrupted call got to: states and weights are written."""
+        with self._on_device():
+            stream = current_stream(self.device)
+            for launch in self.launches[1][self.written :]:
+                launch(stream)
+                self.written += 1
 
     def finish(self) -> None:
         """Counts the step and tunes the next rates."""
-        for launch in self.launches[2]:
-            launch(self.stream)
+        self._launch(self.launches[2])
+
+    def _launch(self, launches: Sequence[Launch]) -> None:
+        with self._on_device():
+            stream = current_stream(self.device)
+            for launch in launches:
+                launch(stream)
 
     def _plan_launches(
         self, scratch: Tensor, max_norm: float | None, is_global: bool, events: Tensor | None

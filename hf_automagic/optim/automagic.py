@@ -1,6 +1,7 @@
 """Automagic: the optimizer itself, a torch.optim.Optimizer around buckets."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,30 +11,34 @@ from torch import Tensor, nn
 from ..config import AutomagicConfig, make_config, option_names
 from ..quantization import QuantizationStrategy
 from .attach import attached_groups, read_names
-from .bucket import StepInputs
 from .checkpoint_state import load_packed_state, pack_state
-from .context import ContextController, observe_step
+from .context import ContextController
 from .conversion import LiveStorage
 from .describe import describe
-from .events import Event, read_events, record_events
+from .events import Event, read_events
 from .groups import (
     base_lr,
-    check_param,
+    check_members,
     effective_lr,
     fill_group,
     parameter_names,
+    refuse_sparse,
     warn_of_high_start,
 )
-from .guard import GradientCheck, check_gradients, count_step
+from .guard import check_gradients
 from .losses import LossIntake
 from .memory import MemoryStats, measure_memory
 from .notices import tell_inert_options
+from .open_step import OpenStep
 from .pairs import PairRanks, check_aligned
 from .plan import Plan, prepare_shared, shared_device
 from .storage import codecs_of_group
-from .tuning import BucketSums, add_pools, measure_updates, tune_rates
 
-SCHEMA = 1  # of state_dict(); grows when an old file needs to be converted
+logger = logging.getLogger(__name__)
+
+# Of state_dict(); grows when an old file needs to be converted. The promise: a file of any schema up to this one loads
+# in this version and in every later 1.x, and goes on as it would have; tests/test_old_states.py holds one of each.
+SCHEMA = 1
 
 
 class Automagic(LiveStorage, torch.optim.Optimizer):
@@ -67,6 +72,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         self.quantization_strategy = quantization_strategy
         self.config = make_config({**vars(config or AutomagicConfig()), **options})
         self._plan: Plan | None = None
+        self._interrupted: OpenStep | None = None
         self.loss_intake = LossIntake()
         super().__init__(read_names(params, self.config.weight_decay), dict(vars(self.config)))
         warn_of_high_start(self.param_groups)
@@ -77,8 +83,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         super().add_param_group(fill_group(param_group, self.config))
         group = self.param_groups[-1]
         check_aligned(group)
-        for param, name in zip(group["params"], parameter_names([group]), strict=True):
-            check_param(param, name)
+        check_members(group)
         codecs_of_group(group, self.quantization_strategy)  # raises for what cannot be stored
         group["schema"] = SCHEMA
         self._plan = None
@@ -122,9 +127,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
         context_loss = self._take_loss(value, loss)
-        if any(p.grad is not None for group in self.param_groups for p in group["params"]):
-            self._apply_step(context_loss)
-            self._adapt_when_due()
+        every = [p for group in self.param_groups for p in group["params"]]
+        params = [(i, p) for i, p in enumerate(every) if p.grad is not None]
+        if params:
+            self._apply_step(params, context_loss)
         return value
 
     def observe_loss(self, loss: Tensor | float, *, is_share: bool = False) -> None:
@@ -145,35 +151,44 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         for loss in handed:
             if isinstance(loss, (Tensor, float)):
                 self.observe_loss(loss)
-        return self.loss_intake.take(shared_device(self.param_groups))
+        # torch's checkpoint loaders take a step at rate 0, without a loss, to have the states made
+        is_trial = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
+        return self.loss_intake.take(shared_device(self.param_groups), may_lack=is_trial)
 
-    def _apply_step(self, loss: Tensor | None) -> None:
-        """Looks at all gradients, steps all buckets, and prepares what the next step will use."""
-        plan, groups = self._live_plan(), self.param_groups
-        if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in groups):
-            plan.fused.step(groups, loss, self.config.max_grad_norm, self.config.lr_pool)
-            return
-        shared, counters = groups[0], groups[0]["counters"]
-        every = [p.grad for group in groups for p in group["params"]]
-        positions = [i for i, grad in enumerate(every) if grad is not None]
-        grads = [grad for grad in every if grad is not None]
-        check = check_gradients(grads, positions, self.config.max_grad_norm)
-        self._set_rates()
-        gains = plan.pairs.row_gains()
-        measured = []
-        for number, (index, bucket) in enumerate(plan.buckets):
-            inputs = _inputs(groups[index]["applied_lr"], check, bucket.device, gains.get(number))
-            measured.append(BucketSums(index, *bucket.step(inputs), bucket.numel_with_grad()))
-        shared["host_steps"] = shared.get("host_steps", 0) + 1
-        plan.pairs.shrink_spectra([group["applied_lr"] for group in groups], check.finite, shared["host_steps"])
-        count_step(counters, check)
-        measure_updates(groups, measured, check.finite)
-        tune_rates(groups, measured, check.finite, self.config.lr_pool)
-        edge = None
-        if loss is not None:
-            pools = [sums.pool for sums in measured if groups[sums.group]["context"] and sums.pool]
-            edge = observe_step(groups, add_pools(loss.device, pools), loss, check.finite)
-        record_events(shared["events"], counters, edge)
+    def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
+        """Takes a step, or what an interrupted call left of it."""
+        grads = [p.grad for _, p in params if p.grad is not None]
+        opened = self._reopen(grads) or OpenStep(loss)
+        try:
+            if opened.plan is None or not opened.is_looked_at:
+                opened.plan = plan = self._live_plan()
+                if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
+                    stages = plan.fused.stages(self.param_groups, loss, self.config.max_grad_norm, self.config.lr_pool)
+                    opened.stages = [*stages, self._adapt_when_due]
+                else:
+                    self._set_rates()
+                    opened.gains = plan.pairs.row_gains()
+                    positions = [i for i, _ in params]
+                    opened.check = check_gradients(grads, positions, self.config.max_grad_norm, plan.ranks)
+            opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
+        except (NotImplementedError, RuntimeError):
+            refuse_sparse([p for _, p in params], self.param_groups)  # torch's own words name neither whose nor why
+            raise
+        finally:
+            self._interrupted = None if opened.is_over else opened.watch(grads)
+
+    def _reopen(self, grads: list[Tensor]) -> OpenStep | None:
+        """Returns the step that was interrupted with these gradients; gives up one that was with others."""
+        opened = self._interrupted
+        if opened is None or (opened.belongs_to(grads) and opened.fits(self._current_plan())):
+            return opened
+        logger.warning(
+            "a step was interrupted, and %s: %d of the %d stacks of parameters that it had begun have taken it, the "
+            "rest has not",
+            "parameters are sharded" if opened.is_spread() else "its gradients or options are gone",
+            *opened.begun(),
+        )
+        return None
 
     def _set_rates(self) -> None:
         """Fixes the rate that this step applies to each group, from what the last step saw."""
@@ -182,7 +197,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         for group in self.param_groups:
             multiplier = shared["context_state"]["multiplier"] if group["context"] else one
             group["base_lr"] = base_lr(group, multiplier, shared["counters"]["applied"])
-            group["applied_lr"] = group["base_lr"] * multiplier
+            group["effective_lr"] = group["base_lr"] * multiplier
 
     def _live_plan(self) -> Plan:
         """Returns the current plan, with all states adopted by its buckets."""
@@ -193,8 +208,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         """Returns the plan, made anew where groups, options or parameters changed."""
         if self._plan is None or not self._plan.is_current(self.param_groups):
-            self._plan = Plan(self.param_groups, self.quantization_strategy)
             prepare_shared(self.param_groups)
+            self._plan = Plan(self.param_groups, self.quantization_strategy)
         return self._plan
 
     @property
@@ -213,14 +228,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     def get_learning_rates(self) -> list[float]:
         """Returns the rate that each group really stepped with last, or will start with; reads the device."""
-        rates = []
-        for group in self.param_groups:
-            if "applied_lr" in group:
-                rates.append(float(group["applied_lr"]))
-            else:
-                zero = torch.zeros(())
-                rates.append(float(effective_lr({**group, "log_rate": zero}, zero + 1, zero)))
-        return rates
+        return [float(self._get_lr(group, {})) for group in self.param_groups]
 
     def get_avg_learning_rate(self) -> float:
         """Returns the mean of `get_learning_rates`, weighted by the number of elements; reads the device."""
@@ -228,9 +236,19 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         total = sum(rate * size for rate, size in zip(self.get_learning_rates(), sizes, strict=True))
         return total / max(1, sum(sizes))
 
+    def _get_lr(self, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
+        """Returns a group's rate without reading the device; diffusion-pipe calls ostris' Automagic so  # []"""
+        if "effective_lr" in group:
+            return group["effective_lr"]
+        zero = torch.zeros(())
+        return effective_lr({**group, "log_rate": zero}, zero + 1, zero)
+
     @torch.no_grad()
     def pair_ranks(self) -> PairRanks | None:
-        """Returns how many directions each LoRA product B A uses, None without pairs; decomposes r x r matrices."""
+        """Returns how many directions each LoRA product B A uses; decomposes r x r matrices.
+
+        None without pairs, and where they are sharded.
+        """
         return self._current_plan().pairs.ranks()
 
     def memory_stats(self) -> MemoryStats:
@@ -251,7 +269,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         return counts
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage."""
+        """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage.
+
+        Each group names the `schema` of its form. What one version saved loads in every later one.
+        """
         return pack_state(super().state_dict())
 
     @torch.no_grad()
@@ -265,19 +286,14 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             ValueError: the file's groups or shapes do not fit, or it was written by a newer version.
         """
         load_packed_state(self, super().load_state_dict, state_dict)
-        self._plan = None
+        self._plan = self._interrupted = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled or copied optimizer; the stacks are built anew in the next step."""
         super().__setstate__(state)
-        self._plan = None
+        self._plan = self._interrupted = None
         vars(self).setdefault("loss_intake", LossIntake())
         vars(self).setdefault("quantization_strategy", None)
         if "config" not in state and "param_groups" in state:
             known = {name: self.defaults[name] for name in option_names()}
             self.config = make_config(copy.deepcopy(known))
-
-
-def _inputs(lr: Tensor, check: GradientCheck, device: torch.device, row_gain: Tensor | None) -> StepInputs:
-    clip = None if check.clip is None else check.clip.to(device)
-    return StepInputs(lr.to(device), check.finite.to(device), clip, row_gain)

@@ -1,8 +1,12 @@
-"""state_dict in and out: plain tensors with their own storage, restored in the dtype they were saved in."""
+"""state_dict in and out: plain tensors with their own storage, restored in the dtype they were saved in.
+
+What one version saved loads in every later one; `automagic.SCHEMA` says when that takes a conversion.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import option_names, storage_option_names
@@ -36,6 +40,8 @@ def load_packed_state(
 ) -> None:
     """Loads a state_dict through torch's own loader, keeping every dtype, onto each parameter's device.
 
+    Two hooks stand next to the loader, inside those of the user, who sees tensors before and after.
+
     Args:
         optimizer: an Automagic.
         torch_load: torch.optim.Optimizer.load_state_dict, bound.
@@ -45,6 +51,18 @@ def load_packed_state(
         ValueError: the groups do not fit, or the file was written by a newer version.
     """
     schema = optimizer.param_groups[0]["schema"] if optimizer.param_groups else 0
+    own = [dict(group) for group in optimizer.param_groups]
+    before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _wrap(loaded, schema))
+    after = optimizer.register_load_state_dict_post_hook(lambda _: _unwrap(optimizer, own), prepend=True)
+    try:
+        torch_load(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def _wrap(state_dict: dict[str, Any], schema: int) -> dict[str, Any]:
+    """Checks who wrote a state_dict, and wraps its tensors for torch's loader."""
     for group in state_dict["param_groups"]:
         saved = group.get("schema")
         if saved is None:
@@ -56,8 +74,11 @@ def load_packed_state(
             raise ValueError(
                 f"this state_dict has schema {saved}, this version reads up to {schema}; upgrade hf_automagic"
             )
-    own = [dict(group) for group in optimizer.param_groups]
-    torch_load({**state_dict, "state": _map_tensors(state_dict["state"], _Kept)})
+    return {**state_dict, "state": _map_tensors(state_dict["state"], _Kept)}
+
+
+def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
+    """Puts the tensors as they were into what torch loaded, and the options that the file does not decide."""
     for group, before in zip(optimizer.param_groups, own, strict=True):
         # an option that the file's version did not have keeps the value that it has here
         kept = [name for name in option_names() if name in storage_option_names() or name not in group]
@@ -74,7 +95,8 @@ def load_packed_state(
 def _check_shape(owner: str, name: str, saved: Tensor, param: Tensor) -> None:
     """Raises where a state as large as its parameter belongs to a parameter of another shape."""
     rows = param.shape[0] if param.ndim else 1
-    if saved.ndim > 1 and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
+    is_vector = saved.ndim < 2 or (saved.dtype == torch.uint8 and saved.shape[1:] == (2,))  # 16-bit codes are bytes
+    if not is_vector and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
         raise ValueError(
             f"the saved {name} of {owner} has shape {tuple(saved.shape)}, the parameter {tuple(param.shape)}: it "
             "belongs to another model; resume with the model that was trained, in the same order of parameters"

@@ -148,16 +148,17 @@ def observe_step(
         finite=finite.to(loss.device),
     )
     after = advance_context(before, signals, edge_case_threshold=threshold, adaptation_rate=shared["adaptation_rate"])
-    shared["context_state"] = after
     started = after["is_edge_case"] & ~before["is_edge_case"]
-    return {"started": started, "value": after["instability"], "threshold": torch.full_like(loss, threshold)}
+    edge = {"started": started, "value": after["instability"], "threshold": torch.full_like(loss, threshold)}
+    shared["context_state"] = after
+    return edge
 
 
 def _mean_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
     """Returns the mean rate over all elements  # []."""
     sizes = [sum(p.numel() for p in group["params"]) for group in groups]
     total = max(1, sum(sizes))
-    shares = [group["applied_lr"].to(device) * (size / total) for group, size in zip(groups, sizes, strict=True)]
+    shares = [group["effective_lr"].to(device) * (size / total) for group, size in zip(groups, sizes, strict=True)]
     return torch.stack(shares).sum()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..quantization import CODECS, Log16, QuantizationStrategy, WithFeedback, make_codec
 from ..quantization.blocks import block_sizes, errors_by_block, largest_fitting
 from ..transforms.core import StateSpec
+from .distributed import whole
 from .groups import group_config
 from .storage import Layout, StoredState, codecs_of_group, store_states
 
@@ -31,7 +32,8 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
     converted = False
     for wanted in stored:
         forms = list(_forms(wanted.spec))
-        possible = {name for form in forms for name in form.fields(layout.rows, layout.cols)}
+        # in the same order on every rank, as those that are sharded are then joined one by one
+        possible = dict.fromkeys(name for form in forms for name in form.fields(layout.rows, layout.cols))
         found = {name: torch.as_tensor(state[name]) for name in possible if name in state}
         if not found or _fits(found, wanted, layout):
             continue
@@ -42,10 +44,11 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
                 f"the saved {wanted.spec.name} of a parameter of shape {tuple(layout.shape)} has a form that no codec "
                 f"writes: {shapes}; resume with the model that was trained, and register the codec that wrote it"
             )
-        values = _read(found, form, layout)
+        values = _read({name: whole(tensor) for name, tensor in found.items()}, form, layout)
+        fields = {name: field[0] for name, field in wanted.encode(values).items()}
         for name in found:
             del state[name]
-        state |= {name: field[0] for name, field in wanted.encode(values).items()}
+        state |= fields
         converted = True
     return converted
 
@@ -128,14 +131,15 @@ class LiveStorage:
         """
         if self.state:
             self._live_plan()
-        chosen: list[int] = []
-        for group in (group for group in self.param_groups if group["adaptive_block_size"]):
-            before = group.get("block_sizes")
-            group["block_sizes"] = self._fitting_blocks(group, before or [group["block_size"]] * len(group["params"]))
-            chosen += group["block_sizes"]
-            if group["block_sizes"] != before:
-                self._plan = None
-        return chosen
+        adapted = [group for group in self.param_groups if group["adaptive_block_size"]]
+        chosen = [
+            self._fitting_blocks(g, g.get("block_sizes") or [g["block_size"]] * len(g["params"])) for g in adapted
+        ]
+        if [group.get("block_sizes") for group in adapted] != chosen:
+            self._plan = None
+        for group, sizes in zip(adapted, chosen, strict=True):
+            group["block_sizes"] = sizes
+        return [size for sizes in chosen for size in sizes]
 
     def _adapt_when_due(self) -> None:
         """Chooses blocks anew in the steps that `sync_frequency` names, alike on every rank and after a resume."""
@@ -184,6 +188,6 @@ def _errors(state: dict[str, Tensor], stored: tuple[StoredState, ...], layout: L
     for momentum in stored:
         if momentum.codec is not None and momentum.spec.shape == "matrix":
             fields = momentum.fields(layout.rows, layout.cols)
-            rows = {name: state[name].reshape(shape)[None, ::every] for name, (shape, _) in fields.items()}
+            rows = {name: whole(state[name]).reshape(shape)[None, ::every] for name, (shape, _) in fields.items()}
             errors.append(errors_by_block(momentum.codec, momentum.own(rows), sizes))
     return torch.stack(errors).amax(0)

@@ -69,8 +69,10 @@ def record_events(
         edge_row = torch.stack([step, torch.full_like(step, EventCode.EDGE_CASE), edge["value"], edge["threshold"]])
         row, happened = torch.where(edge["started"], edge_row, row), edge["started"] | happened
     rows = events["rows"]
-    events["rows"] = torch.where(happened, torch.cat([rows[1:], row[None]]), rows)
-    events["recorded"] = events["recorded"] + happened
+    events |= {
+        "rows": torch.where(happened, torch.cat([rows[1:], row[None]]), rows),
+        "recorded": events["recorded"] + happened,
+    }
 
 
 def read_events(events: Mapping[str, Tensor], names: Sequence[str], after: int = 0) -> list[Event]:

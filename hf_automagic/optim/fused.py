@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,18 @@ from torch import Tensor
 from ..kernels.compile_backend import find_compile_obstacle
 from ..kernels.support import find_obstacle
 from ..transforms.self_tuning import MeasureAgreement
-from .bucket import Bucket, StepInputs
+from .bucket import Bucket
 from .context import observe_step
 from .events import record_events
 from .groups import log_rate_limits, schedule_factor, searches
 from .guard import check_gradients
 from .pairs import PairView
+from .sharded_bucket import ShardedBucket
+from .sweep import StepInputs, Sweep
 from .tuning import BucketSums, add_pools, pools_of_groups
 
 logger = logging.getLogger(__name__)
-SUMS = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
+SUMS: tuple[str, ...] = ("agreement", "update", "momentum")  # of transforms.self_tuning.MeasureAgreement
 COUNTERS = ("applied", "skipped", "consecutive", "offender")  # columns 1 to 4 of the control block
 
 
@@ -38,16 +40,19 @@ def find_triton_problem() -> str | None:
     return None
 
 
-def choose_backend(bucket: Bucket, device: torch.device) -> tuple[str, str]:
+def choose_backend(bucket: Bucket, device: torch.device, is_spread: bool) -> tuple[str, str]:
     """Returns the backend that steps a bucket, and why it is no other, in a few words or none.
 
     Args:
         bucket: whose config names the backend that is wished for.
         device: of the optimizer's shared numbers, where fused parameters have to lie.
+        is_spread: whether parameters of any bucket have rows on other ranks, which have to agree on every step.
     """
     wished = bucket.config.backend
     if wished == "eager" or (wished == "auto" and bucket.device.type != "cuda"):
         return "eager", ""
+    if is_spread or isinstance(bucket, ShardedBucket):
+        return "eager", "sharded parameters"
     if wished == "compile":
         problem = find_compile_obstacle(bucket)
         return ("compile", "") if problem is None else ("eager", problem)
@@ -83,10 +88,13 @@ class FusedStep:
         self.kernels: Any = None
         self.one = torch.ones((), device=groups[0]["params"][0].device)
 
-    def step(
+    def stages(
         self, groups: Sequence[dict[str, Any]], loss: Tensor | None, max_grad_norm: float | None, lr_pool: str
-    ) -> None:
-        """Takes one step; afterwards `groups` hold what the eager step would have left there.
+    ) -> list[Callable[[], None]]:
+        """Prepares a step, which changes nothing; what is returned takes it, each of them once and in order.
+
+        Afterwards `groups` hold what the eager step would have left there. Each keeps its place where it is
+        interrupted: launches are not repeated, other buckets go on with the chunk that was begun.
 
         Args:
             groups: filled param groups, whose numbers are on their device.
@@ -101,18 +109,38 @@ class FusedStep:
         gains = self.pairs.row_gains()
         if gains:
             kernels.take_gains(gains, self.places)
-        shared["host_steps"] = shared.get("host_steps", 0) + 1
-        with kernels.prepared(max_grad_norm, lr_pool == "global", shared["events"]["rows"] if loss is None else None):
+        kernels.open(max_grad_norm, lr_pool == "global", shared["events"]["rows"] if loss is None else None)
+        sweeps: list[list[Sweep]] = [[] for _ in self.others]
+        shrunk: set[tuple[int, int]] = set()
+        measured: list[BucketSums] = []
+        edge: dict[str, Tensor] = {}
+        rates = [group["effective_lr"] for group in groups]
+
+        def look() -> None:
             if loss is not None:
                 kernels.multiplier.copy_(shared["context_state"]["multiplier"])
             self._look_at_others(max_grad_norm)
             kernels.look()
-            measured = self._step_others(groups, gains, max_grad_norm)
-            kernels.sweep()
-            kernels.finish()
-        self.pairs.shrink_spectra([g["applied_lr"] for g in groups], kernels.finite, shared["host_steps"])
+
+        stages: list[Callable[[], None]] = [
+            look,
+            lambda: measured.extend(self._step_others(groups, gains, max_grad_norm, sweeps)),
+            kernels.sweep,
+            kernels.finish,
+            kernels.close,
+            lambda: shared.update(host_steps=shared.get("host_steps", 0) + 1),
+            lambda: self.pairs.shrink_spectra(rates, kernels.finite, shared["host_steps"], shrunk),
+        ]
         if loss is not None:
-            self._observe(groups, loss, measured)
+            stages += [
+                lambda: edge.update(self._observe(groups, loss, measured)),
+                lambda: record_events(shared["events"], shared["counters"], edge),
+            ]
+        return stages
+
+    def is_in_place(self) -> bool:
+        """Whether weights and gradients still lie where the kernels saw them, so that a step can go on."""
+        return self.kernels is not None and self.kernels.is_current() and self.kernels.are_gradients_in_place()
 
     def _current_kernels(self, groups: Sequence[dict[str, Any]]) -> Any:
         """Returns the kernels with their tables, made anew where weights have moved."""
@@ -138,7 +166,7 @@ class FusedStep:
             if group.get("log_rate") is not rates[0] or group.get("update_rms") is not rates[-1]:
                 rates[0].copy_(group["log_rate"])
                 rates[-1].copy_(group["update_rms"])
-                group["log_rate"], group["base_lr"], group["applied_lr"], group["update_rms"] = rates
+                group["log_rate"], group["base_lr"], group["effective_lr"], group["update_rms"] = rates
         shared = groups[0]
         for name, view in zip(COUNTERS, kernels.counter_views, strict=False):
             if shared["counters"][name] is not view:
@@ -200,27 +228,34 @@ class FusedStep:
                 self.kernels.outside_square.copy_(check.norm.square())
 
     def _step_others(
-        self, groups: Sequence[dict[str, Any]], gains: Mapping[int, Tensor], max_grad_norm: float | None
+        self,
+        groups: Sequence[dict[str, Any]],
+        gains: Mapping[int, Tensor],
+        max_grad_norm: float | None,
+        sweeps: Sequence[list[Sweep]],
     ) -> list[BucketSums]:
+        """Steps the other buckets, and hands their sums to the kernels."""
         measured = []
-        for number in self.others:
+        for number, done in zip(self.others, sweeps, strict=True):
             index, bucket = self.buckets[number]
             on = bucket.device
             clip = None if max_grad_norm is None else self.kernels.clip.to(on)
-            rate, finite = groups[index]["applied_lr"].to(on), self.kernels.finite.to(on)
-            sums = bucket.step(StepInputs(rate, finite, clip, gains.get(number)))
+            rate, finite = groups[index]["effective_lr"].to(on), self.kernels.finite.to(on)
+            sums = bucket.step(StepInputs(rate, finite, clip, gains.get(number)), done)
             measured.append(BucketSums(index, *sums, bucket.numel_with_grad()))
         for i, line in enumerate(self.kernels.outside_pools if measured else ()):
-            pool = add_pools(line.device, [sums.pool for sums in measured if sums.group == i and sums.pool])
             zero = line.new_zeros(())
-            squares = sum((sums.squares.to(zero) for sums in measured if sums.group == i), zero)
-            line.copy_(torch.stack([*(pool[name].to(zero) if pool else zero for name in SUMS), squares]))
+            pool = add_pools(line.device, [sums.pool for sums in measured if sums.group == i and sums.pool])
+            squares = [sums.squares.to(zero) for sums in measured if sums.group == i]
+            values = [*(pool[name].to(zero) if pool else zero for name in SUMS), torch.stack([zero, *squares]).sum()]
+            line.copy_(torch.stack(values))
         return measured
 
-    def _observe(self, groups: Sequence[dict[str, Any]], loss: Tensor, measured: Sequence[BucketSums]) -> None:
-        """Shows the step to the context and records what happened."""
+    def _observe(
+        self, groups: Sequence[dict[str, Any]], loss: Tensor, measured: Sequence[BucketSums]
+    ) -> dict[str, Tensor]:
+        """Shows the step to the context; returns what it reports."""
         seen = self.measuring | {sums.group for sums in measured if sums.pool}
         lines = [self.kernels.totals[i] for i, group in enumerate(groups) if group["context"] and i in seen]
         pool = dict(zip(SUMS, torch.stack(lines).sum(0).unbind(), strict=True)) if lines else {}
-        edge = observe_step(groups, pool, loss, self.kernels.finite)
-        record_events(groups[0]["events"], groups[0]["counters"], edge)
+        return observe_step(groups, pool, loss, self.kernels.finite)

@@ -32,6 +32,8 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
     """
     own = {name: group[name] for name in option_names() if name in group}
     lr = own.pop("lr", config.lr)
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Tensor lr must be 1-element, got one of shape {tuple(lr.shape)}")
     options = vars(config.replace(**own, lr=float(lr) if not isinstance(lr, Tensor) else config.lr))
     role = _role(group.get("role", Role.ADAPTER))
     is_full_weight = bool(group.get("is_full_weight", role.is_full_weight))
@@ -67,17 +69,56 @@ def group_config(group: Mapping[str, Any]) -> AutomagicConfig:
 
 
 def check_param(param: Tensor, name: str) -> None:
-    """Raises where a parameter is of a kind that cannot be optimised.
+    """Raises where a parameter that is to be stepped is of a kind that cannot be.
 
     Raises:
         TypeError: the dtype is not a real floating type that torch computes with.
+        ValueError: several of its elements are one place in memory.
     """
+    if not is_stepped(param):
+        return  # as the integers of a quantised base model
     if param.dtype not in SUPPORTED_DTYPES:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
         kind = str(param.dtype).removeprefix("torch.")
         raise TypeError(
             f"{name} is {kind}, and Automagic steps {kinds}; cast it, or freeze it with requires_grad_(False)"
         )
+    if any(size > 1 and stride == 0 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(
+            f"{name} is expanded, shape {tuple(param.shape)} with strides {param.stride()}: several of its elements "
+            "are one place in memory; make the parameter from expanded.clone()"
+        )
+
+
+def check_members(group: Mapping[str, Any]) -> None:
+    """Raises where a group holds a parameter twice or one that cannot be stepped; see `check_param`.
+
+    Raises:
+        ValueError: a parameter stands in the group twice.
+    """
+    seen: dict[int, str] = {}
+    for param, name in zip(group["params"], parameter_names([group]), strict=True):
+        if id(param) in seen:
+            raise ValueError(f"{name} and {seen[id(param)]} are one parameter; list every parameter once")
+        seen[id(param)] = name
+        check_param(param, name)
+
+
+def refuse_sparse(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises where a parameter's gradient is sparse.
+
+    Raises:
+        TypeError: with the parameter's name and the remedy.
+    """
+    groups = list(groups)
+    every = [id(p) for group in groups for p in group["params"]]
+    names = dict(zip(every, parameter_names(groups), strict=True))
+    for param in params:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise TypeError(
+                f"{names[id(param)]} has a sparse gradient, and Automagic steps dense ones; build the embedding with "
+                "sparse=False, or set grad to grad.to_dense()"
+            )
 
 
 def is_stepped(param: Tensor) -> bool:

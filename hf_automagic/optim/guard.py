@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .distributed import RankSums, local
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
@@ -25,46 +27,48 @@ class GradientCheck:
     norm: Tensor | None = None
 
 
-def check_gradients(grads: Sequence[Tensor], positions: Sequence[int], max_grad_norm: float | None) -> GradientCheck:
+def check_gradients(
+    grads: Sequence[Tensor], positions: Sequence[int], max_grad_norm: float | None, ranks: RankSums | None = None
+) -> GradientCheck:
     """Looks at every gradient once, before anything is changed.
 
     Args:
         grads: gradients of one or several devices, not empty.
         positions: the parameters' stable numbers.
         max_grad_norm: largest total L2 norm, None for no clipping.
+        ranks: adds up over the ranks that hold the gradients' rows, None for plain tensors.
     """
-    filled = [(g, i) for g, i in zip(grads, positions, strict=True) if g.numel()]
-    device = grads[0].device
-    if not filled:
-        one = torch.ones((), device=device)
-        return GradientCheck(one > 0, one.to(torch.int64) * -1, None if max_grad_norm is None else one)
-    largest = _largest([g for g, _ in filled], device)
-    bad = ~largest.isfinite()
-    first = _position_of_first(bad, [i for _, i in filled])
+    here = grads if ranks is None else [local(grad) for grad in grads]
+    bad = ~_largest(here).isfinite()
+    norms = None if max_grad_norm is None else _norms(here, 2.0)
+    if ranks is not None:
+        bad, norms = ranks.add_checks(grads, bad, norms)
     clip = norm = None
-    if max_grad_norm is not None:
-        norm = torch.linalg.vector_norm(_norms([g for g, _ in filled], 2.0, device))
+    if max_grad_norm is not None and norms is not None:
+        norm = torch.linalg.vector_norm(norms)
         clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
-    return GradientCheck(~bad.any(), first, clip, norm)
+    return GradientCheck(~bad.any(), _position_of_first(bad, positions), clip, norm)
 
 
-def _largest(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+def _largest(grads: Sequence[Tensor]) -> Tensor:
     """Returns the largest magnitude of each gradient, NaN where it holds one  # [k], float32"""
-    if device.type != "cpu" or any(grad.device.type != "cpu" for grad in grads):
-        return _norms(grads, float("inf"), device)
+    if any(type(grad) is not Tensor or grad.device.type != "cpu" or not grad.numel() for grad in grads):
+        return _norms(grads, float("inf"))
     lowest, highest = zip(*map(torch.aminmax, grads), strict=True)  # a tenth of the time of that norm on a CPU
     bounds = [torch.stack([bound.to(torch.float32) for bound in bounds]) for bounds in (lowest, highest)]
     return torch.maximum(-bounds[0], bounds[1])
 
 
-def _norms(grads: Sequence[Tensor], order: float, device: torch.device) -> Tensor:
-    """Returns the norm of each gradient  # [k], float32"""
+def _norms(grads: Sequence[Tensor], order: float) -> Tensor:
+    """Returns the norm of each gradient on the first one's device, 0 of one without elements  # [k], float32"""
+    device = grads[0].device
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, grad in enumerate(grads):
-        by_kind.setdefault((grad.device, grad.dtype), []).append(i)
-    norms: list[Tensor] = [grads[0]] * len(grads)
-    for indices in by_kind.values():
-        dtype = torch.float32 if order == 2.0 else None
+        if grad.numel():
+            by_kind.setdefault((grad.device, grad.dtype), []).append(i)
+    norms = [grad if grad.numel() else torch.zeros((), device=device) for grad in grads]
+    for (_, kind), indices in by_kind.items():
+        dtype = torch.float32 if order == 2.0 and kind.itemsize < 4 else None
         some = torch._foreach_norm([grads[i] for i in indices], order, dtype=dtype)  # pyright: ignore
         for i, norm in zip(indices, some, strict=True):
             norms[i] = norm.to(device=device, dtype=torch.float32)
@@ -92,7 +96,11 @@ def new_counters(device: torch.device) -> dict[str, Tensor]:
 def count_step(counters: dict[str, Tensor], check: GradientCheck) -> None:
     """Counts a step that was applied or skipped, in place."""
     finite = check.finite
-    counters["applied"] += finite
-    counters["skipped"] += ~finite
-    counters["consecutive"].copy_(torch.where(finite, 0, counters["consecutive"] + 1))
-    counters["offender"].copy_(torch.where(finite, counters["offender"], check.offender))
+    counted = {
+        "applied": counters["applied"] + finite,
+        "skipped": counters["skipped"] + ~finite,
+        "consecutive": torch.where(finite, 0, counters["consecutive"] + 1),
+        "offender": torch.where(finite, counters["offender"], check.offender),
+    }
+    for name, value in counted.items():
+        counters[name].copy_(value)

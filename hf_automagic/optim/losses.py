@@ -43,13 +43,17 @@ class LossIntake:
         """Forgets what was collected."""
         self._handed, self._hooked = _RunningLoss(), _RunningLoss()
 
-    def take(self, device: torch.device) -> Tensor:
+    def take(self, device: torch.device, *, may_lack: bool = False) -> Tensor:
         """Returns the step's loss and forgets it: the mean over all ranks, NaN where none saw one  # [], float32.
 
         Every rank of a distributed run must call it once a step, with a loss or without.
+
+        Args:
+            device: where the loss is wanted.
+            may_lack: nothing needs to be said of a step without a loss.
         """
         loss = self._handed.value() if self._handed.count else self._hooked.value()
-        if not self._handed.count + self._hooked.count:
+        if not (may_lack or self._handed.count + self._hooked.count):
             self._say_once()
         self.clear()
         return _mean_over_ranks(loss, device)

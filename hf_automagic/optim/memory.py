@@ -15,13 +15,13 @@ from .events import EVENT_BYTES
 from .groups import group_config, is_stepped, parameter_names
 from .storage import Layout, codecs_of_group, store_states
 
-SHARED_BYTES_PER_GROUP = 16  # log_rate, base_lr, applied_lr and update_rms, float32
+SHARED_BYTES_PER_GROUP = 16  # log_rate, base_lr, effective_lr and update_rms, float32
 COUNTER_BYTES = 32  # four int64 counters of the guard
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryStats:
-    """Bytes of optimizer state.
+    """Bytes of optimizer state; where parameters are sharded, those of all ranks together.
 
     Args:
         total_bytes: everything held.

@@ -11,6 +11,7 @@ from ..config import AutomagicConfig
 from ..transforms.lora import allora_gains, effective_rank, product_spectrum, shrink_spectrum, stable_rank
 from .bucket import CHUNK_BYTES, Bucket
 from .roles import Role
+from .sweep import carry_out
 
 ALIGNED = ("pairs", "scalings", "ranks", "names")  # lists of a param group with one entry for each parameter
 
@@ -100,23 +101,31 @@ class PairView:
                     found.setdefault(batch.a_bucket, {})[batch.a[i]] = gain
         return {number: self._spread(self.buckets[number], gains) for number, gains in found.items()}
 
-    def shrink_spectra(self, rates: Sequence[Tensor], finite: Tensor, steps: int) -> None:
+    def shrink_spectra(self, rates: Sequence[Tensor], finite: Tensor, steps: int, done: set[tuple[int, int]]) -> None:
         """Takes the rank penalty off the pairs that stepped, where it is due; may wait for the device.
 
         Args:
             rates: the rate that each group really applied; A's counts  # each []
             finite: whether this step may change anything  # [], bool
             steps: calls of step() so far, this one included.
+            done: what an interrupted step has shrunk, which is left alone; kept up to date.
         """
-        for batch in self.batches:
+        for number, batch in enumerate(self.batches):
             config = self.buckets[batch.b_bucket].config
             if config.lora_rank_penalty and steps % config.rank_penalty_every == 0:
                 stepped = [i for i in range(len(batch.a)) if self._has_grads(batch, i)]
                 for some in self._chunks(batch, stepped):
-                    self._shrink(batch, some, config, rates[self.group_of[batch.a_bucket]], finite)
+                    if (number, some[0]) not in done:
+                        self._shrink(batch, some, config, rates[self.group_of[batch.a_bucket]], finite)
+                        done.add((number, some[0]))
 
     def ranks(self) -> PairRanks | None:
-        """Measures the ranks of all products B A, for a snapshot; None without pairs."""
+        """Measures the ranks of all products B A, for a snapshot; None without pairs.
+
+        None as well where pairs are sharded: one rank that logs must not wait for the others.
+        """
+        if any(bucket.is_spread for bucket in self.buckets):
+            return None
         positions: list[int] = []
         spectra: list[Tensor] = []
         for batch in self.batches:
@@ -147,10 +156,12 @@ class PairView:
         amount = rate.to(b.device) * (config.rank_penalty_every * config.rank_penalty_strength)
         with _full_precision(b):
             to_a, to_b = shrink_spectrum(a, b, amount, config.low_rank_emphasis)
+        writes = []
         for number, places, old, change in ((batch.a_bucket, batch.a, a, to_a), (batch.b_bucket, batch.b, b, to_b)):
             bucket = self.buckets[number]
             new = torch.where(moves & (change != 0), old + change, old)
-            bucket.rewrite([places[i] for i in some], new.to(bucket.device))
+            writes += bucket.rewritten([places[i] for i in some], new.to(bucket.device))
+        carry_out(writes)
 
     def _factors(self, batch: PairBatch, some: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Stacks A [k, r, in] and B [k, out, r] of some pairs of a batch, on B's device."""

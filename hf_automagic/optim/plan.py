@@ -12,13 +12,18 @@ from torch import Tensor
 from ..config import option_names
 from ..quantization import QuantizationStrategy
 from .bucket import Bucket
+from .compiled_bucket import CompiledBucket
 from .context import fit_context
+from .distributed import RankSums, find_shard, refuse_flat_shards
 from .events import new_events
 from .fused import FusedStep, choose_backend
-from .groups import group_config, is_stepped
+from .groups import check_members, group_config, is_stepped, parameter_names
 from .guard import new_counters
 from .pairs import PairView
+from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
+from .sweep import StepInputs, Sweep
+from .tuning import BucketSums
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +41,16 @@ class Plan:
         self.options = [_options(group) for group in groups]
         self.seen = _look_at_params(groups)
         self.adopted: list[Tensor] | None = None
-        self.buckets = _sort_into_buckets(groups, strategy)
-        self.pairs = PairView(groups, self.buckets)
+        refuse_flat_shards(groups)
+        buckets, self.ranks = _sort_into_buckets(groups, strategy)
+        self.is_spread = any(bucket.is_spread for _, bucket in buckets)
         device = shared_device(groups)
-        self.backends = [choose_backend(bucket, device) for _, bucket in self.buckets]
-        for (name, _), (_, bucket) in zip(self.backends, self.buckets, strict=True):
-            if name == "compile":
-                bucket.compile()
+        self.backends = [choose_backend(bucket, device, self.is_spread) for _, bucket in buckets]
+        self.buckets = [
+            (index, CompiledBucket.of(bucket) if name == "compile" else bucket)
+            for (name, _), (index, bucket) in zip(self.backends, buckets, strict=True)
+        ]
+        self.pairs = PairView(groups, self.buckets)
         fused = [number for number, (name, _) in enumerate(self.backends) if name == "triton"]
         self.fused = FusedStep(groups, self.buckets, self.pairs, fused) if fused else None
 
@@ -61,6 +69,19 @@ class Plan:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
         self.adopted = list(itertools.chain.from_iterable(map(dict.values, state.values())))
 
+    def step(self, inputs: Sequence[StepInputs], sweeps: Sequence[list[Sweep]]) -> list[BucketSums]:
+        """Steps all buckets with what the step hands to each; returns what each measured.
+
+        Args:
+            inputs: one for each bucket.
+            sweeps: how far the chunks of each bucket have come, kept up to date; see `Bucket.step`.
+        """
+        found = step_together([bucket for _, bucket in self.buckets], inputs, sweeps, self.ranks)
+        return [
+            BucketSums(index, *sums, bucket.numel_with_grad())
+            for (index, bucket), sums in zip(self.buckets, found, strict=True)
+        ]
+
 
 def _look_at_params(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Returns what decides about the sorting into buckets, cheap to take and to compare."""
@@ -76,22 +97,26 @@ def _options(group: Mapping[str, Any]) -> list[Any]:
 
 def _sort_into_buckets(
     groups: Sequence[Mapping[str, Any]], strategy: QuantizationStrategy | None
-) -> list[tuple[int, Bucket]]:
-    """Returns (number of the group, bucket), in the order of the parameters."""
+) -> tuple[list[tuple[int, Bucket]], RankSums | None]:
+    """Returns (number of the group, bucket), in the order of the parameters, and what adds up over their ranks."""
     kinds: dict[Any, tuple[list[Tensor], list[int]]] = {}
-    position = 0
+    position, names = 0, parameter_names(groups)
     for index, group in enumerate(groups):
+        check_members(group)  # what has been unfrozen since, too
         for param, codecs in zip(group["params"], codecs_of_group(group, strategy), strict=True):
             if is_stepped(param):
-                kind = (index, codecs, param.shape, param.dtype, param.device)
+                shard = find_shard(param, names[position])
+                kind = (index, codecs, shard, param.shape, param.dtype, param.device)
                 params, positions = kinds.setdefault(kind, ([], []))
                 params.append(param)
                 positions.append(position)
             position += 1
-    return [
-        (index, Bucket(params, positions, group_config(groups[index]), codecs, groups[index]["is_full_weight"]))
-        for (index, codecs, *_), (params, positions) in kinds.items()
-    ]
+    ranks = RankSums.among([params[0] for params, _ in kinds.values()], [shard for _, _, shard, *_ in kinds])
+    buckets = []
+    for (index, codecs, shard, *_), (params, positions) in kinds.items():
+        told = (params, positions, group_config(groups[index]), codecs, groups[index]["is_full_weight"])
+        buckets.append((index, Bucket(*told) if shard is None else ShardedBucket(shard, ranks, *told)))
+    return buckets, ranks
 
 
 def shared_device(groups: Sequence[Mapping[str, Any]]) -> torch.device:

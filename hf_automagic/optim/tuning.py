@@ -44,17 +44,20 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
         finite: whether the step was applied; otherwise nothing moves  # [], bool
         lr_pool: 'global' or 'group'.
     """
+    rates: dict[int, Tensor] = {}
     for members in pools_of_groups(groups, lr_pool):
         parts = [sums for sums in measured if sums.group in members and sums.pool]
         if not parts:
             continue
         tuned = [groups[i] for i in members]
         pool, numel = add_pools(finite.device, [sums.pool for sums in parts]), sum(sums.numel for sums in parts)
-        change = log_rate_step(pool, numel, tuned[0]["lr_speed"], tuned[0]["lr_drift"])
+        change = log_rate_step(pool, numel, tuned[0]["lr_speed"], tuned[0]["lr_drift"]).to(torch.float32)
         lower, upper = log_rate_limits(tuned)
-        for group in tuned:
+        for i, group in zip(members, tuned, strict=True):
             moved = (group["log_rate"] + change).clamp(lower, upper)
-            group["log_rate"] = torch.where(finite, moved, group["log_rate"])
+            rates[i] = torch.where(finite, moved, group["log_rate"])
+    for i, rate in rates.items():
+        groups[i]["log_rate"] = rate
 
 
 def pools_of_groups(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:

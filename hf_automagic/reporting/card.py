@@ -11,10 +11,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import torch
+
 from ..config import AutomagicConfig
+from ..optim.automagic import Automagic
+from ..registry import OptimizerInfo
 from .plots import KINDS, PLOTS
 from .snapshot import role_key
-from .stats import FOLDER, RunRecord
+from .stats import FOLDER, RunRecord, write_atomically
 
 START, END = "<!-- hf_automagic:start -->", "<!-- hf_automagic:end -->"
 TAG = "hf_automagic"
@@ -44,7 +48,17 @@ def update_card(path: str | os.PathLike[str], record: RunRecord) -> None:
     card = RepoCard(path.read_text(encoding="utf-8"))
     card.data["tags"] = _tags(card.data.get("tags"), name)
     card.text = insert_section(_name_optimizer(card.text, name), render_section(record, _drawn(path.parent)))
-    card.save(path)
+    write_atomically(path, str(card))  # a push in the background reads the old card or the new one
+
+
+def start_card(path: str | os.PathLike[str], title: str) -> None:
+    """Writes a card with a title alone, to which the section is then added.
+
+    Args:
+        path: the card, `README.md`.
+        title: the model's name.
+    """
+    Path(path).write_text(f"# {title}\n", encoding="utf-8")
 
 
 def insert_section(text: str, section: str) -> str:
@@ -69,11 +83,10 @@ def render_section(record: RunRecord, plots: Sequence[str] = ()) -> str:
         record: the run of an Automagic.
         plots: names of the plots that lie in `optimizer_stats/`.
     """
-    template = resources.files("hf_automagic.reporting").joinpath("card_section.md").read_text(encoding="utf-8")
     last = record.rows[-1] if record.rows else {}
     # The light plots alone: they bring their own background, and a hub need not resolve the sources of a <picture>.
     images = [f"![{PLOT_TITLES[plot]}](./{FOLDER}/{plot}.png)" for plot in plots]
-    filled = Template(template).substitute(
+    filled = _template("card_section.md").substitute(
         name=record.config["optimizer"],
         sentence=_sentence(record.config),
         rates="\n".join(_rate_lines(record)),
@@ -84,6 +97,39 @@ def render_section(record: RunRecord, plots: Sequence[str] = ()) -> str:
         plots="\n\n".join(images),
     )
     return re.sub(r"\n{3,}", "\n\n", filled)
+
+
+def render_optimizer_card(info: OptimizerInfo, measured: Sequence[str] = ()) -> str:
+    """Fills in the template `optimizer_card.md`: what a registered optimizer is, and what was measured of it.
+
+    Args:
+        info: its record.
+        measured: sections in Markdown, each with its heading.
+    """
+    papers = [f"[arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in info.papers]
+    return _template("optimizer_card.md").substitute(
+        name=info.name,
+        description=info.description,
+        options=_options(dict(info.options)),
+        papers=", ".join(papers) or "none",
+        state=_state_of_examples(info),
+        measured="\n\n".join(section.strip() for section in measured) or "Nothing was measured by this name yet.",
+    )
+
+
+def _state_of_examples(info: OptimizerInfo) -> str:
+    """Says the bytes an element of an adapter and of a full weight, as the optimizer itself predicts them."""
+    examples = {"a LoRA of rank 16 on a": ("lora_A", (16, 4096)), "a full": ("full", (4096, 4096))}
+    told = []
+    for name, (role, shape) in examples.items():
+        param = torch.nn.Parameter(torch.empty(shape, device="meta"))
+        size = Automagic([{"params": [param], "role": role}], **info.options).memory_stats().bytes_per_parameter
+        told.append(f"{size:.2f} bytes an element of {name} 4096 x 4096 weight")
+    return f"{' and '.join(told)} (Adam in fp32: 8)"
+
+
+def _template(name: str) -> Template:
+    return Template(resources.files("hf_automagic.reporting").joinpath(name).read_text(encoding="utf-8"))
 
 
 def _drawn(output_dir: Path) -> list[str]:
@@ -154,11 +200,11 @@ def _options(options: dict[str, Any]) -> str:
     for field in dataclasses.fields(AutomagicConfig):
         value = options.get(field.name, field.default)
         if not _equal(value, field.default):
-            changed.append(f"`{field.name}={':'.join(map(str, value)) if isinstance(value, list) else value}`")
+            changed.append(f"`{field.name}={':'.join(map(str, value)) if isinstance(value, list | tuple) else value}`")
     return ", ".join(changed) or "the defaults"
 
 
 def _equal(value: Any, default: Any) -> bool:
     if isinstance(value, float) and isinstance(default, int | float):
         return math.isclose(value, default)
-    return value == (list(default) if isinstance(default, tuple) else default)
+    return (tuple(value) if isinstance(value, list) else value) == default

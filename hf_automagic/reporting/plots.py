@@ -14,6 +14,7 @@ Theme = Literal["light", "dark"]
 
 KINDS = {"A": "LoRA A", "B": "LoRA B", "adapter": "adapter", "new": "new modules", "full": "full weights"}
 RAIL_DASHES = ((0, (6, 4)), (0, (6, 3, 1, 3)), (0, (2, 3)))  # for as many pairs of rails as roles bring
+DECADES = 1e6  # between the highest and the lowest rate shown where there are no rails
 SIZE, DPI = (7.5, 4.2), 120  # 900 x 504 pixels: 11 pt is still 9 pixels high when shown at 600
 
 
@@ -136,16 +137,21 @@ def _draw_rates(record: RunRecord, axes: Any, palette: Palette) -> None:
     kinds = _rate_kinds(record)
     for i, (kind, hue) in enumerate(zip(kinds, palette.hues, strict=False)):
         steps, rates = record.series(f"optim/lr_{kind}")
-        width = 2.0 + 1.3 * (len(kinds) - 1 - i)  # equal rates are common: the first line shows around the last
+        width = 2.0 + 0.9 * (len(kinds) - 1 - i)  # equal rates are common: the first line shows around the last
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, rates, color=hue, linewidth=width, marker=marker, label=KINDS.get(kind, "mean rate"))
     steps, schedule = record.series("learning_rate")
     if steps:
         axes.plot(steps, schedule, color=palette.faint, linestyle=":", label="schedule")
-    for (rails, names), dashes in zip(_rails(record.config).items(), RAIL_DASHES, strict=False):
+    all_rails = _rails(record.config)
+    for (rails, names), dashes in zip(all_rails.items(), RAIL_DASHES, strict=False):
         for height, label in zip(rails, (f"rails of {', '.join(names)}", None), strict=True):
             axes.axhline(height, color=palette.faint, linestyle=dashes, linewidth=1.2, label=label)
     axes.set_yscale("log")
+    applied = [rate for kind in kinds for rate in record.series(f"optim/lr_{kind}")[1]]
+    lowest = min((low for low, _ in all_rails), default=max(applied) / DECADES) / 2
+    if max(applied) > lowest:  # a schedule that ends at zero would squeeze everything else into the upper half
+        axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
     axes.set(title="Learning rate really applied", ylabel="learning rate")
     _count_steps(axes)
     _legend(axes)
@@ -211,7 +217,7 @@ def _draw_controller(record: RunRecord, axes: Any, palette: Palette) -> None:
         label = f"{kind.lower().replace('_', ' ')} ({len(at)})"
         for i, step in enumerate(at):
             axes.axvline(step, color=palette.alarm, linestyle=style, linewidth=1.4, label=None if i else label)
-    axes.set(title="Context controller and events")
+    axes.set(title="Context controller and events", ylabel="multiplier" if steps else "")
     _count_steps(axes)
     _legend(axes)
 

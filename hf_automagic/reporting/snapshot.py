@@ -215,7 +215,7 @@ def _rates(optimizer: Automagic) -> dict[Any, Scalar]:
     values: dict[Any, Scalar] = {}
     for i, group in enumerate(optimizer.param_groups):
         one, zero = torch.ones(()), torch.zeros(())
-        applied = group.get("applied_lr")
+        applied = group.get("effective_lr")
         values["lr", i] = applied if applied is not None else effective_lr({**group, "log_rate": zero}, one, zero)
         values |= {(name, i): group.get(name, 0.0) for name in ("log_rate", "update_rms")}
         values["group_lr", i] = group["lr"]
@@ -240,7 +240,7 @@ def _context(shared: Mapping[str, Any]) -> dict[Any, Scalar]:
 
 def _pair_ranks(optimizer: Automagic) -> dict[Any, Scalar]:
     """Measures the mean effective rank of the LoRA products, once there was a step."""
-    ranks = optimizer.pair_ranks() if "applied_lr" in optimizer.param_groups[0] else None
+    ranks = optimizer.pair_ranks() if "effective_lr" in optimizer.param_groups[0] else None
     return {} if ranks is None else {"effective_rank": ranks.effective_rank.mean()}
 
 

@@ -69,8 +69,7 @@ class RunRecord:
         Raises:
             FileNotFoundError: there are no statistics.
         """
-        folder = Path(folder)
-        folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
+        folder = stats_folder(folder)
         if not (folder / CONFIG).is_file() and not (folder / ROWS).is_file():
             raise FileNotFoundError(
                 f"{folder.name!r} holds neither {ROWS} nor {CONFIG}; name the output folder of a run that had an "
@@ -83,6 +82,12 @@ class RunRecord:
         """Returns steps and values of one logged key, without the logs that lack it."""
         points = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
         return [step for step, _ in points], [value for _, value in points]
+
+
+def stats_folder(folder: str | os.PathLike[str]) -> Path:
+    """Returns the folder of statistics inside an output folder, or the folder itself where it is one."""
+    folder = Path(folder)
+    return folder / FOLDER if (folder / FOLDER).is_dir() else folder
 
 
 class StatsWriter:
@@ -154,9 +159,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whoever reads it sees the old or the new content."""
+    """Replaces a file as a whole: whoever reads it, also after the power failed, sees the old or the new content."""
     draft = path.with_name(f"_{path.name}.part")  # never uploaded: push_to_hub leaves out what begins with _
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 

@@ -158,7 +158,7 @@ class ParameterStates:
 
     def _rates(self) -> Tensor:
         mask = self._read("lr_mask")
-        return self.group["applied_lr"].to(mask.device) * element_factor(mask)
+        return self.group["effective_lr"].to(mask.device) * element_factor(mask)
 
     def _polarity(self) -> Tensor:
         return self._read("exp_avg") > 0

@@ -128,7 +128,7 @@ class Run:
         self.optimizer.step()
         where = self.t[None]
         self.losses.index_copy_(0, where, loss.detach()[None])
-        rate = self.optimizer.param_groups[0].get("applied_lr")
+        rate = self.optimizer.param_groups[0].get("effective_lr")
         if rate is not None:
             self.rates.index_copy_(0, where, rate[None])
         self.t += 1
