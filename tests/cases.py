@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_automagic import Automagic, AutomagicConfig
-from hf_automagic.optim.roles import Role
+from hf_automagic import Automagic
 from tests.reference import Pair, ParamOptions, ReferenceConfig, ReferenceOptimizer
 
 
@@ -94,7 +93,6 @@ class Twins:
     def _options(self, i: int, param: torch.Tensor, case: Case) -> ParamOptions:
         return ParamOptions(
             lr=START_RATES[i % 2],
-            max_lr=AutomagicConfig.max_lr * Role.ADAPTER.rail_scale(False, None),
             weight_decay=case.options.get("weight_decay", 0.0),
             group=str(i % 2),
             quantized=case.options.get("quantize_states", True) and param.numel() >= 4096,

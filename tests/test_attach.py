@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_automagic import Automagic, Automagic_CameAMP_8Bit, param_groups
+from hf_automagic import Automagic, Automagic_CameAMP_8Bit, AutomagicConfig, param_groups
 from hf_automagic.optim.events import EventCode
+from hf_automagic.optim.roles import Role
 from tests.peft_cases import adapt, tuner_named
 
 FEATURES = {"allora": True, "eta": 4.0, "lora_rank_penalty": True, "rank_penalty_strength": 50.0}
@@ -140,7 +141,9 @@ def test_attach_makes_the_groups_that_the_model_tells(source):
     model, optimizer = make(source, weight_decay=0.1, loraplus_lr_ratio=4.0)
     optimizer.attach(model)
     assert told(optimizer) == told(make("groups", weight_decay=0.1, loraplus_lr_ratio=4.0)[1])
-    assert {g["role"]: g["max_lr"] for g in optimizer.param_groups}["full"] == pytest.approx(1e-4)
+    assert {g["role"]: g["max_lr"] for g in optimizer.param_groups}["full"] == pytest.approx(
+        Role.FULL.rail_scale(True, 300) * AutomagicConfig.max_lr
+    )
 
 
 def test_attached_parameters_step_as_those_of_the_groups():
@@ -196,7 +199,7 @@ def test_a_groups_own_options_and_schedule_go_on():
         found = {g["role"]: (g["lr"], g["initial_lr"], g["max_lr"], g["weight_decay"]) for g in optimizer.param_groups}
         assert found["lora_A"] == (1e-4, 2e-4, 5e-3, 0.0)
         assert found["lora_B"] == (2e-4, 4e-4, 5e-3, 0.0)
-        assert found["full"] == (5e-5, 1e-4, pytest.approx(1e-4), 0.2)
+        assert found["full"] == (5e-5, 1e-4, pytest.approx(Role.FULL.rail_scale(True, 300) * 1e-3), 0.2)
         assert found["bias"][3] == 0.0
         assert [g["betas"][0] for g in optimizer.param_groups] == [0.5, 0.5, 0.8, 0.8]
 
@@ -204,7 +207,7 @@ def test_a_groups_own_options_and_schedule_go_on():
 def test_attach_knows_new_modules():
     model, optimizer = make("bare")
     optimizer.attach(model, new_modules=["head"])
-    assert {g["role"]: g["max_lr"] for g in optimizer.param_groups}["new"] == 1e-3
+    assert {g["role"]: g["max_lr"] for g in optimizer.param_groups}["new"] > AutomagicConfig.max_lr
     with pytest.raises(TypeError, match="no module 'heat'; did you mean 'head'"):
         optimizer.attach(model, new_modules=["heat"])
 

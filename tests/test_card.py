@@ -124,8 +124,8 @@ def test_damaged_markers_end_up_as_one_section(damage):
 def test_the_section_tells_rates_memory_steps_events_and_options():
     section = render_section(record(max_lr=3e-3, betas=(0.7, 0.98, 0.999)), ["learning_rates"])
     assert "## Optimizer: Automagic" in section
-    assert "| LoRA A | 512 | 1e-07 to 0.003 | 0.0008 | 0.0002 |" in section
-    assert "| full weights | 1,024 | 1e-08 to 0.0003 | 8e-05 | 2e-05 |" in section
+    assert "| LoRA A | 512 | 0.0009 | 0.0008 | 0.0002 |" in section
+    assert "| full weights | 1,024 | 0.0009 | 8e-05 | 2e-05 |" in section
     assert (
         f"{record().config['memory']['bytes_per_parameter']:.2f} bytes for each of 1,536 trained elements" in section
     )

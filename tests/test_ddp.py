@@ -91,11 +91,13 @@ def agree(device: str, backend: str) -> None:
     assert first["history"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.matrix("T13")
 def test_two_ranks_stay_identical_to_the_bit():
     agree("cpu", "gloo")
 
 
 @pytest.mark.gpu
+@pytest.mark.matrix("T13")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_stay_identical_to_the_bit():
     agree("cuda", "nccl")

@@ -18,6 +18,9 @@ from tests.sharded_runs import ALL, ALONE, SHAPES, SHARDED
 SAME, CODED = 1e-5, 1e-3
 
 
+pytestmark = pytest.mark.matrix("T14")
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     two = Ranks(2)
@@ -63,6 +66,8 @@ def test_two_ranks_step_as_one_process(ranks: Ranks, options: dict, tolerance: f
     first, second = ranks.run(sharded_runs.run, options, ALL, 8, SHARDED)
     assert worst(first, alone, options) < tolerance
     assert same_bits(first["shared"], second["shared"])  # rates, counters, events, context
+    moved = [float(found["shared"]["0 update_rms "]) for found in (first, alone)]
+    assert moved[0] == pytest.approx(moved[1], rel=0.01) != 0
     assert (first["bytes"], first["blocks"]) == (alone["bytes"], alone["blocks"])
     for name, states in alone["states"].items():
         assert same_bits(first["states"][name], second["states"][name])

@@ -38,7 +38,7 @@ def save_and_load(optimizer):
 # what it promises of a step
 
 
-@pytest.mark.parametrize("options", [{}, {"lr_granularity": "element"}, {"self_tuning": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"lr_granularity": "element"}, {"lr_search": True}], ids=str)
 @pytest.mark.matrix("T25")
 def test_converges_on_a_bowl(options):
     params, optimizer = make(lr=1e-3, max_lr=1e-2, **options)
@@ -56,7 +56,7 @@ def test_converges_on_a_bowl(options):
 def test_the_rate_it_tells_is_the_rate_that_the_weights_went():
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = Automagic([param], lr=1e-5)
+    optimizer = Automagic([param], lr=1e-5, lr_search=True)
     direction = torch.randn(64, 64, generator=generator).sign()
     for _ in range(30):  # a gradient that never changes: every element steps by the rate itself
         before = param.detach().clone()
@@ -68,7 +68,7 @@ def test_the_rate_it_tells_is_the_rate_that_the_weights_went():
 
 
 def test_the_schedule_multiplies_and_is_never_overwritten():
-    params, optimizer = make(lr=1e-4)
+    params, optimizer = make(lr=1e-4, rail_steps=0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.0][min(step, 2)])
     rates = []
     for seed in range(3):
@@ -77,8 +77,7 @@ def test_the_schedule_multiplies_and_is_never_overwritten():
         run(params, optimizer, [seed])
         rates.append(optimizer.get_learning_rates()[0])
         scheduler.step()
-    assert rates[0] == pytest.approx(1e-4)
-    assert rates[2] == 0.0
+    assert rates == pytest.approx([1e-3, 5e-4, 0.0])
     assert all(map(torch.equal, before, params))
 
 
@@ -266,9 +265,46 @@ def test_groups_keep_their_own_options_and_rails():
         weight_decay=0.1,
     )
     full, lora, bias = optimizer.param_groups
-    assert (full["max_lr"], full["weight_decay"]) == (pytest.approx(1e-4), 0.1)
-    assert (lora["max_lr"], lora["lr"]) == (pytest.approx(4e-3), pytest.approx(4e-4))
+    assert (full["max_lr"], full["weight_decay"]) == (pytest.approx(3e-4), 0.1)
+    assert (lora["max_lr"], lora["lr"]) == (pytest.approx(9.6e-3), pytest.approx(4e-4))
     assert (bias["max_lr"], bias["weight_decay"]) == (5e-3, 0.0)
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-1])
+def test_the_height_of_the_starting_rate_changes_no_bit(lr):
+    params, optimizer = make(lr=lr)
+    usual, other = make()
+    run(params, optimizer, range(5))
+    run(usual, other, range(5))
+    assert all(map(torch.equal, params, usual))
+
+
+def test_the_rate_falls_with_the_root_of_the_steps():
+    params, optimizer = make(rail_steps=4)
+    rates = []
+    for seed in range(16):
+        run(params, optimizer, [seed])
+        rates.append(optimizer.get_learning_rates()[0])
+    assert rates[:4] == pytest.approx([1e-3] * 4)
+    assert rates[8] == pytest.approx(1e-3 * (4 / 9) ** 0.5)
+    assert rates[15] == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("role", "width", "rail"),
+    [
+        ("lora_A", 384, 3e-4),
+        ("lora_B", 384, 2.4e-3),
+        ("new", 384, 2.4e-3),
+        ("full", None, 3e-4),
+        ("adapter", None, 1e-3),
+        ("adapter", 4096, 1e-3 * (384 / 4096) ** 0.75),
+        ("lora_A", 4, 6e-4),
+    ],
+)
+def test_the_rail_follows_role_and_width(role, width, rail):
+    optimizer = Automagic([{"params": make()[0], "role": role, "width": width}])
+    assert optimizer.param_groups[0]["max_lr"] == pytest.approx(rail)
 
 
 def test_a_group_added_in_the_middle_of_a_run_joins_in():
@@ -307,7 +343,7 @@ def test_a_step_without_any_gradient_does_nothing():
     _, optimizer = make()
     optimizer.step()
     assert not optimizer.state
-    assert optimizer.get_learning_rates() == [pytest.approx(5e-5)]
+    assert optimizer.get_learning_rates() == [pytest.approx(1e-3)]
 
 
 @pytest.mark.parametrize(
@@ -377,7 +413,7 @@ def test_parameters_of_other_kinds_are_refused(dtype):
 def test_a_start_above_the_rail_is_said_once_with_the_remedy(caplog):
     params, _ = make()
     with caplog.at_level(logging.WARNING):
-        Automagic([{"params": params[:1]}, {"params": params[1:]}], lr=1e-2)
+        Automagic([{"params": params[:1]}, {"params": params[1:]}], lr=1e-2, lr_search=True)
     assert [r.message for r in caplog.records] == [
         "lr 0.01 lies above max_lr 0.001 of role adapter: the run starts at the rail. Raise max_lr to step faster."
     ]

@@ -13,7 +13,15 @@ image = pytest.importorskip("PIL.Image")
 CONFIG = {
     "optimizer": "automagic_8bit",
     "groups": [
-        {"role": role, "is_full_weight": full, "self_tuning": True, "min_lr": low, "max_lr": high, "elements": 64}
+        {
+            "role": role,
+            "is_full_weight": full,
+            "self_tuning": True,
+            "lr_search": True,
+            "min_lr": low,
+            "max_lr": high,
+            "elements": 64,
+        }
         for role, full, low, high in (("lora_A", False, 1e-7, 1e-3), ("full", True, 1e-8, 1e-4))
     ],
     "memory": {

@@ -79,6 +79,8 @@ class Probe(TrainerCallback):
 
 def tuned_rate(group: dict[str, Any]) -> float:
     """The rate that the optimizer found, between its rails, before any schedule."""
+    if not group["lr_search"]:
+        return group["max_lr"]
     found = group["initial_lr"] * float(torch.as_tensor(group.get("log_rate", 0.0)).exp())
     return min(max(found, group["min_lr"]), group["max_lr"])
 
@@ -128,7 +130,7 @@ KINDS = [kind.value for kind in SchedulerType]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.matrix("T11")
 def test_a_schedule_multiplies_the_tuned_rate_and_stays_the_logged_one(tmp_path, kind):
-    trainer, probe = run(tmp_path, kind, "loraplus_lr_ratio=4")
+    trainer, probe = run(tmp_path, kind, "loraplus_lr_ratio=4, lr_search=true")
     starts = [group["initial_lr"] for group in inner(trainer).param_groups]
     assert starts == [LR, 4 * LR]
     for seen in probe.steps:

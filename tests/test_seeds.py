@@ -143,7 +143,7 @@ def test_verbose_logs_at_info_and_only_when_somebody_asks(caplog):
         run(model, optimizer, 2)
         assert len(caplog.messages) == 1
         copy.deepcopy(optimizer).get_memory_stats()
-        assert caplog.messages[1].startswith("mean learning rate 0.000")
+        assert caplog.messages[1].startswith("mean learning rate 0.00")
         make()[1].get_memory_stats()
     assert len(caplog.messages) == 2
     assert {record.levelno for record in caplog.records} == {logging.INFO}

@@ -19,7 +19,7 @@ def param(*shape: int) -> nn.Parameter:
 
 
 def two_roles(**options) -> Automagic:
-    groups = [{"params": [param(8, 16), param(4, 16)], "role": "lora_A"}, {"params": [param(16, 16)], "role": "full"}]
+    groups = [{"params": [param(8, 16), param(4, 16)], "role": "lora_B"}, {"params": [param(16, 16)], "role": "full"}]
     return Automagic(groups, lr=1e-3, min_8bit_size=0, **options)
 
 
@@ -62,13 +62,13 @@ def test_the_rates_are_those_that_were_applied():
     assert [group.lr.mean for group in snapshot.groups] == optimizer.get_learning_rates()
     assert snapshot.lr.mean == pytest.approx(optimizer.get_avg_learning_rate())
     assert snapshot.lr.minimum < snapshot.lr.mean < snapshot.lr.maximum
-    assert snapshot.rates_by_role() == dict(zip(("A", "full"), optimizer.get_learning_rates(), strict=True))
+    assert snapshot.rates_by_role() == dict(zip(("B", "full"), optimizer.get_learning_rates(), strict=True))
 
 
 def test_before_the_first_step_the_rates_are_those_to_come():
     snapshot = OptimizerSnapshot.take(two_roles())
     assert snapshot.applied_steps == snapshot.skipped_steps == 0
-    assert snapshot.rates_by_role() == {"A": pytest.approx(1e-3), "full": pytest.approx(1e-4)}
+    assert snapshot.rates_by_role() == {"B": pytest.approx(2.4e-3), "full": pytest.approx(3e-4)}
 
 
 def test_rates_of_single_elements_are_summarised():
@@ -113,13 +113,14 @@ def test_the_update_rms_is_that_of_the_change_of_the_weights(monkeypatch):
 
 @pytest.mark.parametrize(("log_rate", "position"), [(-math.inf, 0.0), (math.log(10) / 2, 0.875), (math.inf, 1.0)])
 def test_the_rail_position_is_logarithmic(log_rate, position):
-    optimizer = Automagic([param(8, 16)], lr=1e-4, min_lr=1e-7, max_lr=1e-3)
+    optimizer = Automagic([param(8, 16)], lr=1e-4, min_lr=1e-7, max_lr=1e-3, lr_search=True)
     optimizer.param_groups[0]["log_rate"] = torch.tensor(log_rate)
     assert OptimizerSnapshot.take(optimizer).rail_position == pytest.approx(position)
 
 
-def test_without_self_tuning_there_is_no_rail_position():
-    assert OptimizerSnapshot.take(two_roles(self_tuning=False)).rail_position is None
+@pytest.mark.parametrize("options", [{}, {"self_tuning": False, "lr_search": True}], ids=str)
+def test_without_a_search_there_is_no_rail_position(options):
+    assert OptimizerSnapshot.take(two_roles(**options)).rail_position is None
 
 
 def test_a_skipped_step_is_counted_and_its_culprit_named():
@@ -186,17 +187,15 @@ def test_a_group_is_called_by_the_rails_it_steps_at(role, is_full_weight, key):
     optimizer = Automagic([{"params": [param(4)], "role": role, "is_full_weight": is_full_weight}], lr=1e-3)
     (group,) = OptimizerSnapshot.take(optimizer).groups
     assert group.key == key
-    assert (group.max_lr < AutomagicConfig.max_lr) is (key == "full")
+    assert (group.max_lr < AutomagicConfig.max_lr) is (key in ("full", "A"))
 
 
 def test_a_new_heads_bias_is_not_called_full():
     model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
     optimizer = create_automagic_optimizer(model, lr=1e-3, new_modules=["head"])
     take_steps(optimizer, 1)
-    defaults = AutomagicConfig()
     rates = OptimizerSnapshot.take(optimizer).rates_by_role()
-    full = defaults.max_lr * defaults.full_weight_lr_scale
-    expected = {"adapter": defaults.max_lr, "new": defaults.max_lr, "full": full}
+    expected = {"adapter": 2e-3, "new": 4.8e-3, "full": 6e-4}
     assert rates == {key: pytest.approx(rate) for key, rate in expected.items()}
 
 

@@ -122,7 +122,7 @@ def test_the_config_tells_what_repeats_the_run():
     assert config["options"]["lr"] == 2e-4
     assert config["training"] == {"learning_rate": 2e-4, "seed": 7, "lr_scheduler_type": "cosine"}
     assert config["memory"]["total_bytes"] == an_optimizer().memory_stats().total_bytes
-    assert [(g["role"], g["max_lr"]) for g in config["groups"]] == [("lora_A", 1e-3), ("full", 1e-4)]
+    assert [(g["role"], g["max_lr"]) for g in config["groups"]] == [("lora_A", 3e-4), ("full", 3e-4)]
     assert config["versions"]["torch"] == torch.__version__
     assert json.loads(json.dumps(config)) == config
 

@@ -108,7 +108,7 @@ def test_nothing_is_said_where_nothing_is_lost(tmp_path, caplog, options):
 
 
 def test_the_banner_states_the_law_the_groups_and_a_high_start_once(tmp_path, caplog):
-    args = arguments(tmp_path, learning_rate=1e-2, optim_args="beta1=0.85", lr_scheduler_type="cosine")
+    args = arguments(tmp_path, learning_rate=1e-2, optim_args="beta1=0.85, lr_search=true", lr_scheduler_type="cosine")
     model = nn.Linear(4, 4)
     with caplog.at_level(logging.INFO, logger="hf_automagic"):
         trainer = transformers.Trainer(model, args)
@@ -116,12 +116,12 @@ def test_the_banner_states_the_law_the_groups_and_a_high_start_once(tmp_path, ca
     (banner,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("optim=")]
     assert banner.splitlines()[0] == (
         "optim=automagic_8bit: lr 0.01 from learning_rate, weight_decay 0 from weight_decay, "
-        f"betas {(0.85, BETA2, BETA3)} from optim_args; adam_* are not read; the Trainer clips to max_grad_norm 1; "
-        "the cosine schedule multiplies the rate."
+        f"lr_search True from optim_args, betas {(0.85, BETA2, BETA3)} from optim_args; adam_* are not read; "
+        "the Trainer clips to max_grad_norm 1; the cosine schedule multiplies the rate."
     )
     assert trainer.optimizer.describe() in banner
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warning.startswith("lr 0.01 lies above max_lr 0.0001")
+    assert warning.startswith("lr 0.01 lies above max_lr 0.0006")
 
 
 def test_replicas_stay_silent(tmp_path, caplog, monkeypatch):
@@ -160,5 +160,5 @@ def test_a_trainer_steps_and_shows_the_schedule_while_the_rate_is_its_own(tmp_pa
     assert isinstance(trainer.optimizer.optimizer, Automagic)
     shown = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert shown == pytest.approx([1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
-    rail = AutomagicConfig.max_lr * AutomagicConfig.full_weight_lr_scale
-    assert max(trainer.optimizer.optimizer.get_learning_rates()) <= rail
+    rails = [group["max_lr"] for group in trainer.optimizer.optimizer.param_groups]
+    assert trainer.optimizer.optimizer.get_learning_rates() == pytest.approx([rail / 3 for rail in rails])

@@ -37,6 +37,7 @@ def resumes_exactly(ranks: Ranks, folder: Path, kind: str, is_sharded: bool = Tr
 
 
 @pytest.mark.slow
+@pytest.mark.matrix("T13", "T14")
 @pytest.mark.parametrize(("kind", "is_sharded"), [("", False), *((kind, True) for kind in KINDS)])
 def test_two_ranks_train_as_one_process_and_resume_to_the_bit(
     ranks: Ranks, tmp_path: Path, kind: str, is_sharded: bool
@@ -51,6 +52,7 @@ def test_two_ranks_train_as_one_process_and_resume_to_the_bit(
 
 
 @pytest.mark.gpu
+@pytest.mark.matrix("T14")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_gpus_resume_to_the_bit(tmp_path: Path, kind: str):

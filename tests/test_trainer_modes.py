@@ -263,7 +263,7 @@ def test_a_lone_micro_batch_before_the_lack_of_memory_belongs_to_no_step(tmp_pat
 def test_each_trial_of_a_search_starts_afresh(tmp_path, cls):
     points = regression_points(64)
     points[4]["x"] = torch.full((4,), torch.nan)
-    trainer = regression(tmp_path, cls, points, optim=CONTEXT)
+    trainer = regression(tmp_path, cls, points, optim=CONTEXT, optim_args="lr_search=true")
     trainer.model_init, kept = TinyRegression, []
     for rate in (1e-3, 1e-5, 1e-3):  # as hyperparameter_search does it
         trainer.args.learning_rate = rate

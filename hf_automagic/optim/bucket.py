@@ -90,14 +90,8 @@ class Bucket:
             for name, (shape, dtype) in stored.fields(rows, cols).items():
                 initial = stored.spec.initial if stored.codec is None else 0
                 stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
-        views = [
-            {
-                name: self._shown(stored, i, name, stacks[name][i])
-                for stored in self.stored
-                for name in self._names(stored)
-            }
-            for i in range(n)
-        ]
+        owners = {name: stored for stored in self.stored for name in self._names(stored)}
+        views = [{name: self._shown(s, i, name, stacks[name][i]) for name, s in owners.items()} for i in range(n)]
         self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none
 
     def _shown(self, stored: StoredState, index: int, name: str, held: Tensor) -> Tensor:
@@ -122,7 +116,7 @@ class Bucket:
         return functools.reduce(added, [sweep.pool for sweep in sweeps], {}), self._squares(sweeps)
 
     def _squares(self, sweeps: Sequence[Sweep]) -> Tensor:
-        return sum((s.squares for s in sweeps), torch.zeros((), dtype=self.work_dtype, device=self.device))
+        return torch.zeros((), dtype=self.work_dtype, device=self.device) + sum(sweep.squares for sweep in sweeps)
 
     def numel_with_grad(self) -> int:
         """Counts the elements that take part in this step."""

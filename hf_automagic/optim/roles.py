@@ -1,11 +1,11 @@
 """What a parameter is to the model; decides its rate and which ideas act on it."""
 
-import math
 from enum import Enum
 
-# What starts at zero can, and for its layer to learn must, go further than what it multiplies: B's rate outgrows A's
-# (LoRA+, arXiv 2402.12354, section 4). Ratios of 7 to 17 ended lower than 1, 4 and 33 over five LoRA tasks.
-ZERO_START_SCALE = 8.0
+# max_lr times these. What starts at zero, or fresh, can go further than what was there before: B's rate outgrows A's
+# (LoRA+, arXiv 2402.12354, section 4). Ratios of 7 to 17 ended lower than 1, 4 and 33 over five LoRA tasks, and full
+# fine-tunes wanted A's rate.
+PRETRAINED_SCALE, FRESH_SCALE = 0.3, 2.4
 REFERENCE_WIDTH = 384  # of the models that max_lr was measured on
 # The best rate falls with the width of the model. 0.78 was fitted for LoRA on Llama models up to 70B (Schulman et al.,
 # "LoRA Without Regret", 2025), 1 is the law of the maximal update parametrization (arXiv 2203.03466).
@@ -45,8 +45,8 @@ class Role(str, Enum):
     def rail_scale(self, is_full_weight: bool, width: float | None) -> float:
         """Returns what `max_lr` is multiplied with for a parameter of this role.
 
-        8 for B of a LoRA and new modules, which start at zero or at random; 1 for A and for pretrained weights; the
-        geometric mean for everything else, where either may be. Times (384 / width)^0.75, at most 2.
+        2.4 for B of a LoRA and new modules, 0.3 for A and pretrained weights, 1 for everything else, parameters about
+        which nothing is known among them. Times (384 / width)^0.75, at most 2.
 
         Args:
             is_full_weight: whether it is a pretrained weight.
@@ -54,8 +54,8 @@ class Role(str, Enum):
         """
         by_width = 1.0 if not width else min((REFERENCE_WIDTH / width) ** WIDTH_EXPONENT, LARGEST_WIDTH_SCALE)
         if is_full_weight or self is Role.LORA_A:
-            return by_width
-        return by_width * (ZERO_START_SCALE if self in (Role.LORA_B, Role.NEW) else math.sqrt(ZERO_START_SCALE))
+            return PRETRAINED_SCALE * by_width
+        return (FRESH_SCALE if self in (Role.LORA_B, Role.NEW) else 1.0) * by_width
 
     @property
     def decays(self) -> bool:

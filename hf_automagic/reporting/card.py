@@ -151,9 +151,17 @@ def _name_optimizer(text: str, name: str) -> str:
 def _sentence(config: dict[str, Any]) -> str:
     if not any(group["self_tuning"] for group in config["groups"]):
         return "The learning rate was the user's; the schedule acted on it as usual."
+    searched = any(group["lr_search"] for group in config["groups"])
     schedule = config["training"].get("lr_scheduler_type")
     factor = f"the `{schedule}` schedule multiplied it" if schedule else "a schedule multiplies it"
-    return f"The learning rate tuned itself between the rails; {factor}. In the logs, `learning_rate` is the schedule."
+    law = "was searched for between the rails" if searched else "followed from role, width and step below its rail"
+    return f"The learning rate {law}; {factor}. In the logs, `learning_rate` is the schedule."
+
+
+def _rails(group: dict[str, Any]) -> str:
+    if not group["self_tuning"]:
+        return "none"
+    return f"{group['min_lr']:.3g} to {group['max_lr']:.3g}" if group["lr_search"] else f"{group['max_lr']:.3g}"
 
 
 def _rate_lines(record: RunRecord) -> list[str]:
@@ -164,7 +172,7 @@ def _rate_lines(record: RunRecord) -> list[str]:
             g for g in record.config["groups"] if role_key(g["role"], g["is_full_weight"]) == kind and g["elements"]
         ]
         if groups:
-            rails = sorted({f"{g['min_lr']:.3g} to {g['max_lr']:.3g}" if g["self_tuning"] else "none" for g in groups})
+            rails = sorted({_rails(group) for group in groups})
             rates = record.series(f"optim/lr_{kind}")[1]
             largest, last = (f"{max(rates):.3g}", f"{rates[-1]:.3g}") if rates else ("", "")
             elements = sum(g["elements"] for g in groups)

@@ -145,11 +145,12 @@ def _draw_rates(record: RunRecord, axes: Any, palette: Palette) -> None:
         axes.plot(steps, schedule, color=palette.faint, linestyle=":", label="schedule")
     all_rails = _rails(record.config)
     for (rails, names), dashes in zip(all_rails.items(), RAIL_DASHES, strict=False):
-        for height, label in zip(rails, (f"rails of {', '.join(names)}", None), strict=True):
+        for height, label in zip(sorted(set(rails)), (f"rail of {', '.join(names)}", None), strict=False):
             axes.axhline(height, color=palette.faint, linestyle=dashes, linewidth=1.2, label=label)
     axes.set_yscale("log")
     applied = [rate for kind in kinds for rate in record.series(f"optim/lr_{kind}")[1]]
-    lowest = min((low for low, _ in all_rails), default=max(applied) / DECADES) / 2
+    searched = [low for low, high in all_rails if low < high]
+    lowest = min(searched, default=max(applied) / DECADES) / 2
     if max(applied) > lowest:  # a schedule that ends at zero would squeeze everything else into the upper half
         axes.set_ylim(bottom=max(lowest, axes.get_ylim()[0]))
     axes.set(title="Learning rate really applied", ylabel="learning rate")
@@ -158,11 +159,11 @@ def _draw_rates(record: RunRecord, axes: Any, palette: Palette) -> None:
 
 
 def _rails(config: Mapping[str, Any]) -> dict[tuple[float, float], list[str]]:
-    """Returns the pairs of rails and whose they are."""
+    """Returns the pairs of rails and whose they are; twice the upper one where nothing is searched for."""
     rails: dict[tuple[float, float], list[str]] = {}
     for group in config.get("groups", []):
         if group.get("self_tuning") and group.get("elements"):
-            names = rails.setdefault((group["min_lr"], group["max_lr"]), [])
+            names = rails.setdefault((group["min_lr" if group["lr_search"] else "max_lr"], group["max_lr"]), [])
             name = KINDS[role_key(group["role"], group["is_full_weight"])]
             names += [name] if name not in names else []
     return rails

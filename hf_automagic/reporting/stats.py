@@ -239,7 +239,7 @@ def describe_run(optimizer: Any, args: Any = None) -> dict[str, Any]:
 
 
 def _describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("role", "adapter", "is_full_weight", "self_tuning", "min_lr", "max_lr", "weight_decay")
+    names = ("role", "adapter", "is_full_weight", "self_tuning", "lr_search", "min_lr", "max_lr", "weight_decay")
     start = group.get("initial_lr", group["lr"])
     return {
         **{name: group[name] for name in names if name in group},
