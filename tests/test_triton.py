@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from hf_automagic import Automagic
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = ("tests/test_triton.py", "tests/test_triton_interruptions.py")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -227,7 +228,7 @@ def test_what_is_not_fused_is_named():
 @pytest.mark.slow
 def test_the_interpreter_runs_the_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *FILES]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -41,7 +41,7 @@ from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # columns of a group's line that follow from its options
+CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # of a group's line: what follows from its options
 REMEMBERED = 16  # places of the scratch for which launches are kept
 TILES_AT_ONCE = 2  # partial sums of a vector's element that are loaded together
 
