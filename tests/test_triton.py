@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from hf_automagic import Automagic
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("tests/test_triton.py", "tests/test_triton_interruptions.py")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -228,7 +227,8 @@ def test_what_is_not_fused_is_named():
 @pytest.mark.slow
 def test_the_interpreter_runs_the_kernels():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *FILES]
+    files = ["tests/test_triton.py", "tests/test_triton_interruptions.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *files]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout

@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 FEW_BITS = (torch.bfloat16, torch.float16)
 # a scale of 16 bits is rounded before it divides, as it is stored
 EXACT_CASTS: dict[str, Any] = {"emulate_precision_casts": True}
-    "emulate_precision_casts": True
-}  # a scale of 16 bits is rounded before it divides, as it is stored
 
 
 @dataclasses.dataclass(frozen=True)
