@@ -40,6 +40,13 @@ class StorageOptions:
         " fewer than 16 rows or columns, so that they weigh.",
         choices=("auto", "fp32", "log16"),
     )
+    backend: Literal["auto", "triton", "compile", "eager"] = option(
+        "auto",
+        "What computes the step: 'triton' a few launches over all tensors, 'compile' one graph for each kind of "
+        "tensor, 'eager' torch operations on stacks of same-shaped tensors; 'auto' is triton on CUDA, else eager. "
+        "What a backend cannot step goes through eager stacks.",
+        choices=("auto", "triton", "compile", "eager"),
+    )
     min_8bit_size: int = option(4096, "Parameters with fewer elements keep their states in fp32.", low=0)
     mixed_precision: bool = option(
         True, "Keeps the states of small parameters in fp32; off, all matrices are quantised, whatever their size."
@@ -94,7 +101,7 @@ class StorageOptions:
                 "{'*.lm_head.*': {'quantize_states': False}}"
             )
         for name in (name for changes in overrides.values() for name in changes):
-            if name not in storage_option_names() or name == "storage_overrides":
+            if name not in storage_option_names() or name in ("storage_overrides", "backend"):
                 raise unknown_name_error("storage option", name, storage_option_names())
 
 

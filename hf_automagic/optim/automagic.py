@@ -160,12 +160,16 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         grads = [p.grad for _, p in params if p.grad is not None]
         opened = self._reopen(grads) or OpenStep(loss)
         try:
-            if opened.check is None:
-                opened.plan = self._live_plan()
-                self._set_rates()
-                opened.gains = opened.plan.pairs.row_gains()
-                positions = [i for i, _ in params]
-                opened.check = check_gradients(grads, positions, self.config.max_grad_norm, opened.plan.ranks)
+            if opened.plan is None or not opened.is_looked_at:
+                opened.plan = plan = self._live_plan()
+                if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
+                    stages = plan.fused.stages(self.param_groups, loss, self.config.max_grad_norm, self.config.lr_pool)
+                    opened.stages = [*stages, self._adapt_when_due]
+                else:
+                    self._set_rates()
+                    opened.gains = plan.pairs.row_gains()
+                    positions = [i for i, _ in params]
+                    opened.check = check_gradients(grads, positions, self.config.max_grad_norm, plan.ranks)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
         except (NotImplementedError, RuntimeError):
             refuse_sparse([p for _, p in params], self.param_groups)  # torch's own words name neither whose nor why
@@ -254,6 +258,15 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def describe(self) -> str:
         """Returns a table of the groups: what was found, how it is stored and the rate each really gets."""
         return describe(self)
+
+    def backends(self) -> dict[tuple[str, str], int]:
+        """Counts the parameters that each backend steps: (backend, why no faster one) -> parameters."""
+        known = self._plan is not None and self._plan.is_current(self.param_groups)
+        plan = self._plan if known and self._plan else Plan(self.param_groups, self.quantization_strategy)
+        counts: dict[tuple[str, str], int] = {}
+        for choice, (_, bucket) in zip(plan.backends, plan.buckets, strict=True):
+            counts[choice] = counts.get(choice, 0) + len(bucket.params)
+        return counts
 
     def state_dict(self) -> dict[str, Any]:
         """Returns states and groups as plain tensors, numbers and strings; every tensor has its own storage.

@@ -14,7 +14,7 @@ from .storage import STEP, Layout, StoredState, store_states
 from .sweep import StepInputs, Sweep, Writes, added, carry_out
 
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
-# the # last-level cache. GPU: few launches, and a bounded peak.
+# the last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
 
 
@@ -45,6 +45,7 @@ class Bucket:
             is_full_weight: whether they are pretrained weights.
         """
         self.params, self.positions, self.config, self.codecs = list(params), list(positions), config, codecs
+        self.is_full_weight = is_full_weight
         self.layout = Layout.of(params[0].shape)
         self.device, self.dtype = params[0].device, params[0].dtype
         self.work_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32

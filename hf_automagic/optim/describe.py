@@ -25,7 +25,15 @@ def describe(optimizer: Any) -> str:
         rows.append((group["role"], str(len(params)), f"{elements:,}", shown, f"{rate:.3g}", rails, decay))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([head, *table, _policy(optimizer)])
+    return "\n".join([head, *table, _policy(optimizer), *_backends(optimizer.backends())])
+
+
+def _backends(counts: Mapping[tuple[str, str], int]) -> list[str]:
+    """Says what computes the steps, and why not the same everywhere."""
+    return [
+        f"{count} parameters step in {name if name != 'eager' else 'eager stacks'}{f': {why}' if why else ''}."
+        for (name, why), count in counts.items()
+    ]
 
 
 def _rails(group: Mapping[str, Any]) -> str:

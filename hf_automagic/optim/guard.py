@@ -18,11 +18,13 @@ class GradientCheck:
         finite: whether every element is  # [], bool
         offender: position of the first parameter with a non-finite element, -1 without one  # [], int64
         clip: factor that brings the gradients to `max_grad_norm`, None without that option  # []
+        norm: total norm of the gradients, None without that option  # []
     """
 
     finite: Tensor
     offender: Tensor
     clip: Tensor | None
+    norm: Tensor | None = None
 
 
 def check_gradients(
@@ -37,14 +39,24 @@ def check_gradients(
         ranks: adds up over the ranks that hold the gradients' rows, None for plain tensors.
     """
     here = grads if ranks is None else [local(grad) for grad in grads]
-    bad = ~_norms(here, float("inf")).isfinite()
+    bad = ~_largest(here).isfinite()
     norms = None if max_grad_norm is None else _norms(here, 2.0)
     if ranks is not None:
         bad, norms = ranks.add_checks(grads, bad, norms)
-    clip = None
+    clip = norm = None
     if max_grad_norm is not None and norms is not None:
-        clip = (max_grad_norm / (torch.linalg.vector_norm(norms) + 1e-6)).clamp_max(1.0)
-    return GradientCheck(~bad.any(), _position_of_first(bad, positions), clip)
+        norm = torch.linalg.vector_norm(norms)
+        clip = (max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+    return GradientCheck(~bad.any(), _position_of_first(bad, positions), clip, norm)
+
+
+def _largest(grads: Sequence[Tensor]) -> Tensor:
+    """Returns the largest magnitude of each gradient, NaN where it holds one  # [k], float32"""
+    if any(type(grad) is not Tensor or grad.device.type != "cpu" or not grad.numel() for grad in grads):
+        return _norms(grads, float("inf"))
+    lowest, highest = zip(*map(torch.aminmax, grads), strict=True)  # a tenth of the time of that norm on a CPU
+    bounds = [torch.stack([bound.to(torch.float32) for bound in bounds]) for bounds in (lowest, highest)]
+    return torch.maximum(-bounds[0], bounds[1])
 
 
 def _norms(grads: Sequence[Tensor], order: float) -> Tensor:

@@ -39,6 +39,7 @@ class OpenStep:
         shrunk: the pairs whose spectrum was shrunk.
         edge: what the context reported.
         finished: how many of the things that close a step are done.
+        stages: where kernels step all buckets at once, what they do, one after another; the last few close the step.
         is_over: whether all is done.
     """
 
@@ -49,6 +50,7 @@ class OpenStep:
     sweeps: list[list[Sweep]] = dataclasses.field(default_factory=list)
     shrunk: set[tuple[int, int]] = dataclasses.field(default_factory=set)
     edge: dict[str, Tensor] | None = None
+    stages: list[Callable[[], None]] = dataclasses.field(default_factory=list)
     finished: int = 0
     is_over: bool = False
     _watched: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
@@ -67,7 +69,14 @@ class OpenStep:
 
     def fits(self, plan: Plan) -> bool:
         """Whether the buckets are still those of the step; once all have stepped, it does not matter."""
+        if self.stages:
+            return self.plan is plan and plan.fused is not None and plan.fused.is_in_place()
         return not self.is_spread() and (self.plan in (None, plan) or self.finished > 0)
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether the guard has seen the gradients, or the kernels are about to."""
+        return self.check is not None or bool(self.stages)
 
     def is_spread(self) -> bool:
         """Whether other ranks hold rows of the step's parameters, so that it cannot be finished."""
@@ -81,6 +90,15 @@ class OpenStep:
             lr_pool: 'global' or 'group'.
             adapt: what the optimizer does at the end of a step.
         """
+        for action in (self.stages or self._stages(groups, lr_pool, adapt))[self.finished :]:
+            action()
+            self.finished += 1
+        self.is_over = True
+
+    def _stages(
+        self, groups: list[dict[str, Any]], lr_pool: str, adapt: Callable[[], None]
+    ) -> list[Callable[[], None]]:
+        """Steps the buckets; returns what closes the step."""
         assert self.plan is not None
         assert self.check is not None
         plan, check, shared = self.plan, self.check, groups[0]
@@ -91,7 +109,7 @@ class OpenStep:
         self.sweeps += [[] for _ in inputs[len(self.sweeps) :]]
         measured = plan.step(inputs, self.sweeps)
         applied = [group["effective_lr"] for group in groups]
-        actions: list[Callable[[], None]] = [
+        return [
             lambda: shared.update(host_steps=shared.get("host_steps", 0) + 1),
             lambda: plan.pairs.shrink_spectra(applied, check.finite, shared["host_steps"], self.shrunk),
             lambda: count_step(shared["counters"], check),
@@ -101,10 +119,6 @@ class OpenStep:
             lambda: record_events(shared["events"], shared["counters"], self.edge),
             adapt,
         ]
-        for action in actions[self.finished :]:
-            action()
-            self.finished += 1
-        self.is_over = True
 
     def _observe(self, groups: list[dict[str, Any]], measured: Sequence[BucketSums], finite: Tensor) -> None:
         """Shows the step to the context."""
@@ -113,7 +127,9 @@ class OpenStep:
             self.edge = observe_step(groups, add_pools(self.loss.device, pools), self.loss, finite)
 
     def begun(self) -> tuple[int, int]:
-        """Counts the chunks that are written, and those that the buckets begun so far have."""
+        """Counts the chunks that are written, and those that the buckets begun so far have; of kernels, the stages."""
+        if self.stages:
+            return self.finished, len(self.stages)
         sweeps = [sweep for bucket in self.sweeps for sweep in bucket]
         return sum(sweep.is_over for sweep in sweeps), len(sweeps)
 

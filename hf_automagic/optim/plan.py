@@ -1,6 +1,8 @@
 """The plan of a step: which parameters step together, and the tensors of the optimizer as a whole."""
 
+import itertools
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +12,11 @@ from torch import Tensor
 from ..config import option_names
 from ..quantization import QuantizationStrategy
 from .bucket import Bucket
+from .compiled_bucket import CompiledBucket
 from .context import fit_context
 from .distributed import RankSums, find_shard, refuse_flat_shards
 from .events import new_events
+from .fused import FusedStep, choose_backend
 from .groups import check_members, group_config, is_stepped, parameter_names
 from .guard import new_counters
 from .pairs import PairView
@@ -35,26 +39,35 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: QuantizationStrategy | None) -> None:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
+        self.seen = _look_at_params(groups)
+        self.adopted: list[Tensor] | None = None
         refuse_flat_shards(groups)
-        self.buckets, self.ranks = _sort_into_buckets(groups, strategy)
-        self.is_spread = any(bucket.is_spread for _, bucket in self.buckets)
+        buckets, self.ranks = _sort_into_buckets(groups, strategy)
+        self.is_spread = any(bucket.is_spread for _, bucket in buckets)
+        device = shared_device(groups)
+        self.backends = [choose_backend(bucket, device, self.is_spread) for _, bucket in buckets]
+        self.buckets = [
+            (index, CompiledBucket.of(bucket) if name == "compile" else bucket)
+            for (name, _), (index, bucket) in zip(self.backends, buckets, strict=True)
+        ]
         self.pairs = PairView(groups, self.buckets)
+        fused = [number for number, (name, _) in enumerate(self.backends) if name == "triton"]
+        self.fused = FusedStep(groups, self.buckets, self.pairs, fused) if fused else None
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups still hold the same parameters, of the same kind, with the same options."""
-        planned = {id(p) for _, bucket in self.buckets for p in bucket.params}
-        present = {id(p) for group in groups for p in group["params"] if is_stepped(p)}
-        return (
-            planned == present
-            and self.options == [_options(group) for group in groups]
-            and all((p.device, p.dtype) == (b.device, b.dtype) for _, b in self.buckets for p in b.params)
-        )
+        return self.options == [_options(group) for group in groups] and self.seen == _look_at_params(groups)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
+        entries = itertools.chain.from_iterable(map(dict.values, state.values()))
+        count = sum(map(len, state.values()))
+        if self.adopted and len(self.adopted) == count and all(map(operator.is_, entries, self.adopted)):
+            return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
+        self.adopted = list(itertools.chain.from_iterable(map(dict.values, state.values())))
 
     def step(self, inputs: Sequence[StepInputs], sweeps: Sequence[list[Sweep]]) -> list[BucketSums]:
         """Steps all buckets with what the step hands to each; returns what each measured.
@@ -68,6 +81,13 @@ class Plan:
             BucketSums(index, *sums, bucket.numel_with_grad())
             for (index, bucket), sums in zip(self.buckets, found, strict=True)
         ]
+
+
+def _look_at_params(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Returns what decides about the sorting into buckets, cheap to take and to compare."""
+    every = [p for group in groups for p in group["params"]]
+    stepped = [p.requires_grad or p.grad is not None for p in every]
+    return [list(map(id, every)), stepped, [p.dtype for p in every], [p.device for p in every]]
 
 
 def _options(group: Mapping[str, Any]) -> list[Any]:

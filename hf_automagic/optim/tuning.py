@@ -45,7 +45,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
         lr_pool: 'global' or 'group'.
     """
     rates: dict[int, Tensor] = {}
-    for members in _pools(groups, lr_pool):
+    for members in pools_of_groups(groups, lr_pool):
         parts = [sums for sums in measured if sums.group in members and sums.pool]
         if not parts:
             continue
@@ -60,7 +60,7 @@ def tune_rates(groups: Sequence[dict[str, Any]], measured: Sequence[BucketSums],
         groups[i]["log_rate"] = rate
 
 
-def _pools(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
+def pools_of_groups(groups: Sequence[Mapping[str, Any]], lr_pool: str) -> list[list[int]]:
     """Lists the groups that share a tuned rate."""
     tuned = [i for i, group in enumerate(groups) if searches(group)]
     if lr_pool == "group":

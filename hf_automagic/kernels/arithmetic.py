@@ -1,0 +1,164 @@
+"""Arithmetic that the kernels share; each function equals one of `quantization` or `transforms`."""
+
+import triton
+import triton.language as tl
+
+FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+HALF_MAX = tl.constexpr(65504.0)
+SMALLEST_SCALE = tl.constexpr(2.0**-14)
+TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even
+CODES_PER_OCTAVE = tl.constexpr(1365)
+OCTAVES_BELOW = tl.constexpr(32)
+HIGHEST = tl.constexpr(65534)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def mix(bits):
+    """A murmur3 finaliser  # uint32"""
+    bits = bits ^ (bits >> 16)
+    bits = bits * 0x85EBCA6B
+    bits = bits ^ (bits >> 13)
+    bits = bits * 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def step_key(seed, number, step):
+    """The key of a parameter for a step, `rounding.step_keys`  # uint32"""
+    parameter = number.to(tl.uint32) * 0x85EBCA77 + seed.to(tl.uint32)
+    return mix(mix(parameter) ^ mix(step.to(tl.int64).to(tl.uint32) * 0x27D4EB2F))
+
+
+@triton.jit
+def random_bits(key, position):
+    """Uniform 32 bits for each position, `rounding.random_bits`  # uint32"""
+    return mix(position.to(tl.uint32) * 0x9E3779B1 + key)
+
+
+@triton.jit
+def round_even(x):
+    """Rounds |x| < 2^22 to an integer, ties to even."""
+    return (x + TO_INTEGER) - TO_INTEGER
+
+
+@triton.jit
+def one_minus_power(log_beta, step):
+    """1 - beta^step without cancellation; 1 where beta is 0, whose logarithm is -inf."""
+    x = log_beta * step
+    small = 1.0 + x * (1.0 / 8)
+    small = 1.0 + x * (1.0 / 7) * small
+    small = 1.0 + x * (1.0 / 6) * small
+    small = 1.0 + x * (1.0 / 5) * small
+    small = 1.0 + x * (1.0 / 4) * small
+    small = 1.0 + x * (1.0 / 3) * small
+    small = x * (1.0 + x * (1.0 / 2) * small)
+    return tl.where(x > -0.5, -small, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def exponent_of(x):
+    """The exponent of frexp for normal x > 0: x = mantissa * 2^exponent, mantissa in [0.5, 1)  # int32"""
+    return ((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 126
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent, exponent in [-126, 127]  # float32"""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_momentum(
+    line_codes,
+    scale_address,
+    zero_address,
+    offsets,
+    shared,
+    mask,
+    shared_mask,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Decodes momenta: KIND 0 float32, 1 softsign, 2 affine."""
+    if KIND == 0:
+        plain = line_codes.to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            plain = tl.multiple_of(plain, 16)
+        return tl.load(plain + offsets, mask=mask, other=0.0)
+    elif KIND == 1:
+        codes = line_codes.to(tl.pointer_type(tl.int8))
+        if ALIGNED:
+            codes = tl.multiple_of(codes, 16)
+        code = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
+        scale = tl.load(scale_address.to(tl.pointer_type(tl.float16)) + shared, mask=shared_mask, other=0.0)
+        return (code / (254.0 - tl.abs(code))) * scale.to(tl.float32)[:, :, None]
+    else:
+        codes = line_codes.to(tl.pointer_type(tl.uint8))
+        if ALIGNED:
+            codes = tl.multiple_of(codes, 16)
+        code = tl.load(codes + offsets, mask=mask, other=0).to(tl.float32)
+        scale = tl.load(scale_address.to(tl.pointer_type(tl.float32)) + shared, mask=shared_mask, other=0.0)
+        zero = tl.load(zero_address.to(tl.pointer_type(tl.float32)) + shared, mask=shared_mask, other=0.0)
+        return tl.where(mask, code * scale[:, :, None] + zero[:, :, None], 0.0)
+
+
+@triton.jit
+def store_momentum(
+    value,
+    line_codes,
+    scale_address,
+    zero_address,
+    offsets,
+    shared,
+    mask,
+    shared_mask,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Encodes momenta [rows, blocks, block] to the nearest codes; elements outside the mask are zero."""
+    if KIND == 0:
+        plain = line_codes.to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            plain = tl.multiple_of(plain, 16)
+        tl.store(plain + offsets, value, mask=mask)
+    elif KIND == 1:
+        largest = tl.minimum(tl.max(tl.abs(value), 2), HALF_MAX)
+        scale = tl.where(largest < SMALLEST_SCALE, 0.0, largest).to(tl.float16)
+        tl.store(scale_address.to(tl.pointer_type(tl.float16)) + shared, scale, mask=shared_mask)
+        wide = scale.to(tl.float32)
+        inverse = tl.where(wide > 0, 1.0 / tl.where(wide > 0, wide, 1.0), 0.0)
+        z = tl.minimum(tl.maximum(value * inverse[:, :, None], -1.0), 1.0)
+        code = round_even((254.0 * z) / (1.0 + tl.abs(z)))
+        codes = line_codes.to(tl.pointer_type(tl.int8))
+        if ALIGNED:
+            codes = tl.multiple_of(codes, 16)
+        tl.store(codes + offsets, code.to(tl.int8), mask=mask)
+    else:
+        zero = tl.min(tl.where(mask, value, FLOAT_MAX), 2)
+        scale = (tl.max(tl.where(mask, value, -FLOAT_MAX), 2) - zero) / 255.0
+        tl.store(scale_address.to(tl.pointer_type(tl.float32)) + shared, scale, mask=shared_mask)
+        tl.store(zero_address.to(tl.pointer_type(tl.float32)) + shared, zero, mask=shared_mask)
+        divisor = tl.where(scale > 0, scale, 1.0)[:, :, None]
+        steps = round_even(tl.minimum(tl.maximum((value - zero[:, :, None]) / divisor, 0.0), 255.0))
+        codes = line_codes.to(tl.pointer_type(tl.uint8))
+        if ALIGNED:
+            codes = tl.multiple_of(codes, 16)
+        tl.store(codes + offsets, tl.where((scale > 0)[:, :, None], steps, 0.0).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def round_randomly(value, bits, DTYPE: tl.constexpr):
+    """Rounds float32 to a neighbour in bfloat16 or float16, `rounding.round_stochastically`."""
+    if tl.bfloat16 == DTYPE:
+        pattern = value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
+        rounded = (pattern & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(tl.abs(rounded) <= 3.3895313892515355e38, rounded, value)
+    else:
+        exponent = tl.maximum(exponent_of(value), -13)
+        unit = power_of_two(exponent - 11)
+        noise = (bits & 0x1FFF).to(tl.float32) * (1.0 / 8192)
+        rounded = tl.floor(value * power_of_two(11 - exponent) + noise) * unit
+        sign = value.to(tl.uint32, bitcast=True) & 0x80000000
+        rounded = ((rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) | sign).to(tl.float32, bitcast=True)
+        return tl.where(tl.abs(rounded) <= HALF_MAX, rounded, value)

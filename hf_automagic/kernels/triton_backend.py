@@ -1,0 +1,289 @@
+"""The Triton backend: the default chain as a constant number of launches over all tensors of all groups.
+
+What a step moves, in bytes a parameter (g 4 bytes or 2, p likewise, the momentum's code 1):
+
+| sweep | reads and writes | fp32 | bf16 |
+|---|---|---|---|
+| 1 squares | g | 4 | 2 |
+| 2 residuals | g, code | 5 | 3 |
+| 3 length | g, code | 5 | 3 |
+| 4 write | g, p, code; p, code | 14 | 8 |
+| all | | 28 | 16 |
+
+Row and column averages add up to 4 bytes a parameter on LoRA of rank 16, nothing on full weights. At 3.0 TB/s, what a
+copy reaches on an H100, that is 0.39 to 0.45 ms (fp32) and 0.22 to 0.28 ms (bf16) for the 41.9M elements of a LoRA of
+rank 16 on all linear layers of Llama-3-8B, and 5.9 ms for 1.1B full weights in bf16. What is measured stands in
+model_cards/speed.jsonl, written by scripts/benchmark_step.py.
+
+The third sweep exists because the last clip divides by the RMS of the direction, which no row and column sums tell.
+Every other sweep runs backwards, so that it begins with what the cache still holds.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..config import AutomagicConfig
+from ..transforms.self_tuning import LOG_RATIO
+from . import fields as f
+from .decide import decide, finish
+from .launch import IS_DIRECT, Launch, current_stream
+from .plain import check_plain, step_plain
+from .support import Stacked
+from .sweeps import sum_residuals, sum_squares, sum_steps
+from .table import PURPOSES, SLICE, Kind, Tables
+from .vectors import average_residuals, average_squares, encode_vectors
+from .write import write_steps
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # of a group's line: what follows from its options
+REMEMBERED = 16  # places of the scratch for which launches are kept
+TILES_AT_ONCE = 2  # partial sums of a vector's element that are loaded together
+
+
+class TritonStep:
+    """Steps the parameters of some buckets; holds tables and the few numbers that stay on the device.
+
+    Args:
+        buckets: (number of the group, bucket) of one device, stacks allocated.
+        n_groups: param groups of the optimizer.
+    """
+
+    def __init__(self, buckets: Sequence[tuple[int, Stacked]], n_groups: int) -> None:
+        """Makes the tables."""
+        self.tables = tables = Tables(buckets, n_groups)
+        self.params = tables.params
+        self.group_of = [group for group, bucket in buckets for _ in bucket.params]
+        self.numels = [p.numel() for p in self.params]
+        self.device, self.n_groups = tables.device, n_groups
+        self.param_addresses = [p.data_ptr() for p in self.params]
+        self.seen: list[int] = []  # where the gradients were in the step before
+        self.is_plain = False  # whether the kernels read them there
+        self.counts: list[int] = []
+        self.group_values: list[float] = []
+        self.kept: list[Tensor] = []
+        self.launches: tuple[list[Launch], ...] = ()
+        self.scratch: Tensor | None = None
+        self.written = 0  # launches of the sweeps that are done
+        self.is_looking = False
+        self.planned: dict[Any, tuple[list[Launch], ...]] = {}
+        new = self._new
+        self.grads = new(len(self.numels), torch.int64)
+        self.gains = new(2 * len(self.numels), torch.int64)
+        self.groups = new(n_groups * f.GROUP_WIDTH.value)
+        self.control = torch.tensor([f.NOBODY.value, 0, 0, 0, -1, 0, f.NOBODY.value], dtype=torch.int64).to(
+            self.device
+        )
+        self.rates = new(n_groups * f.RATES_WIDTH.value).view(n_groups, -1)
+        self.stats = new(len(self.numels) * f.STATS_WIDTH.value)
+        self.totals = new(3 * n_groups).view(-1, 3)
+        self.outside_pools = new(n_groups * f.POOL_WIDTH.value).view(n_groups, -1)
+        self.finite, self.clip, self.multiplier = new((), torch.bool), new(()), new(()).fill_(1.0)
+        self.clip.fill_(1.0)
+        self.flag = self.finite.view(torch.uint8)  # the kernels' own view
+        self.outside, self.outside_square = new((), torch.int64).fill_(-1), new(())
+        self.rate_views = [tuple(line.unbind()) for line in self.rates.unbind()]
+        self.counter_views = list(self.control[f.APPLIED.value : f.RECORDED.value + 1].unbind())
+
+    def _new(self, shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def is_current(self) -> bool:
+        """Whether the weights still lie where the tables say."""
+        return [p.data_ptr() for p in self.params] == self.param_addresses
+
+    def are_gradients_in_place(self) -> bool:
+        """Whether the gradients still lie where they were seen last."""
+        return [0 if p.grad is None else p.grad.data_ptr() for p in self.params] == self.seen
+
+    def take_gradients(self) -> None:
+        """Notes where the gradients are; uploads only when one has moved."""
+        grads = [p.grad for p in self.params]
+        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        if self.is_plain and addresses == self.seen and all([g is None or g.is_contiguous() for g in grads]):
+            return
+        self.seen = list(addresses)
+        self.kept = []
+        for i, (grad, param, exact) in enumerate(zip(grads, self.params, self.tables.exact, strict=True)):
+            if grad is None:
+                continue
+            if grad.dtype != param.dtype or not grad.is_contiguous() or (exact and addresses[i] & 15):
+                copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(grad)
+                self.kept.append(copy)
+                addresses[i] = copy.data_ptr()
+        self.is_plain = not self.kept
+        self.grads.copy_(self._on_host(addresses, torch.int64), non_blocking=True)
+        counts = [0] * self.n_groups
+        for group, numel, address in zip(self.group_of, self.numels, addresses, strict=True):
+            counts[group] += numel if address else 0
+        self.counts = counts
+
+    def take_gains(self, gains: Mapping[int, Tensor], places: Mapping[int, int]) -> None:
+        """Notes where ALLoRA's gains of each bucket are.
+
+        Args:
+            gains: number of the bucket -> [n, rows] or [n, 1], float32.
+            places: number of the bucket -> its first tensor.
+        """
+        lines = [0] * self.gains.numel()
+        self.held = [gains[bucket].to(torch.float32).contiguous() for bucket in gains if bucket in places]
+        for bucket, values in zip((bucket for bucket in gains if bucket in places), self.held, strict=True):
+            for i in range(values.shape[0]):
+                lines[2 * (places[bucket] + i)] = values.data_ptr() + 4 * i * values.shape[1]
+                lines[2 * (places[bucket] + i) + 1] = int(values.shape[1] > 1)
+        self.gains.copy_(self._on_host(lines, torch.int64), non_blocking=True)
+
+    def take_groups(self, values: list[float]) -> None:
+        """Uploads the groups' numbers, where one has changed: rates of a scheduler, sizes of pools."""
+        if values != self.group_values:
+            self.groups.copy_(self._on_host(values, torch.float32), non_blocking=True)
+            self.group_values = values
+
+    def _on_host(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        """Copies numbers without waiting: from pinned memory, which the allocator keeps until they have been read."""
+        host = torch.tensor(values, dtype=dtype)
+        return host.pin_memory() if self.grads.is_cuda else host
+
+    def open(self, max_norm: float | None, is_global: bool, events: Tensor | None) -> None:
+        """Takes the scratch of one step, which `close` gives back; whatever may fail has been done afterwards.
+
+        Args:
+            max_norm: largest norm of all gradients, None for no clip.
+            is_global: whether all groups share one tuned rate.
+            events: the buffer to record in, None where somebody else does  # [capacity, 4]
+        """
+        if self.is_looking:  # an interrupted look may have left the offender of other gradients
+            self.control[f.OFFENDER.value].fill_(f.NOBODY.value)
+        self.scratch = torch.empty(self.tables.scratch_size, device=self.device)
+        key = (self.scratch.data_ptr(), max_norm, is_global, None if events is None else events.data_ptr())
+        if key not in self.planned:
+            if len(self.planned) >= REMEMBERED:
+                self.planned.clear()
+            launches = self._plan_launches(self.scratch, max_norm, is_global, events)
+            with self._on_device():
+                for launch in (launch for part in launches for launch in part):
+                    launch.prepare()
+            self.planned[key] = launches
+        self.launches, self.written = self.planned[key], 0
+
+    def close(self) -> None:
+        """Gives the scratch back: between steps others have it."""
+        self.scratch, self.launches = None, ()
+        if not IS_DIRECT:  # such launches hold the scratch itself
+            self.planned.clear()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def look(self) -> None:
+        """Runs sweep 1 and decides: afterwards `finite`, `clip` and `rates` are those of this step."""
+        self.is_looking = True
+        self._launch(self.launches[0])
+        self.is_looking = False
+
+    def sweep(self) -> None:
+        """Runs the other sweeps, from where an interrupted call got to: states and weights are written."""
+        with self._on_device():
+            stream = current_stream(self.device)
+            for launch in self.launches[1][self.written :]:
+                launch(stream)
+                self.written += 1
+
+    def finish(self) -> None:
+        """Counts the step and tunes the next rates."""
+        self._launch(self.launches[2])
+
+    def _launch(self, launches: Sequence[Launch]) -> None:
+        with self._on_device():
+            stream = current_stream(self.device)
+            for launch in launches:
+                launch(stream)
+
+    def _plan_launches(
+        self, scratch: Tensor, max_norm: float | None, is_global: bool, events: Tensor | None
+    ) -> tuple[list[Launch], ...]:
+        """Lists what a step launches: to look, to sweep, to finish."""
+        t, n = self.tables, self.tables.n_slices
+        parts, work, sums, squares, residuals = t.cut(scratch)
+        look, sweep = [], []
+        some = (t.slices, t.table, self.grads)
+        group = (self.groups, self.rates, self.stats)
+        kinds = [kind for kind in t.programs if kind.is_matrix]
+        plain = [kind for kind in t.programs if not kind.is_matrix]
+
+        def matrices(kernel: Any, kind: Kind, *arguments: Any) -> Launch:
+            of = t.programs[kind]
+            return Launch(kernel, of.numel() // 2, (of, t.table, self.grads, *arguments))
+
+        look += [matrices(sum_squares, kind, parts, sums, self.control, *_shape(kind)) for kind in kinds]
+        for kind in plain:
+            of = t.programs[kind]
+            arguments = (of, t.table, self.grads, sums, self.control, DTYPES[kind.dtype], 1024)
+            look.append(Launch(check_plain, of.numel(), arguments))
+        numbers = (self.multiplier, self.outside, self.outside_square, max_norm or 0.0, max_norm is not None)
+        arguments = (self.control, self.flag, self.clip, self.groups, self.rates, sums, t.tiles, self.n_groups)
+        look.append(Launch(decide, 1, (*arguments, *numbers)))
+        if kinds:
+            arguments = (self.groups, parts, squares, work, self.flag, self.clip, SLICE, TILES_AT_ONCE)
+            sweep.append(Launch(average_squares, n, (*some, *arguments)))
+            common = (squares, work, self.flag, self.clip)
+            sweep += [
+                matrices(
+                    sum_residuals, kind, self.groups, parts, t.places, sums, t.tiles, *common,
+                    *_shape(kind), kind.codec, kind.elements, kind.measures,
+                )
+                for kind in reversed(kinds)
+            ]  # fmt: skip
+            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE, TILES_AT_ONCE)
+            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures)))
+            common = (squares, residuals, work, self.flag, self.clip)
+            sweep += [
+                matrices(
+                    sum_steps, kind, self.groups, self.stats, sums, t.tiles, *common,
+                    *_shape(kind), kind.codec, kind.cautious,
+                )
+                for kind in kinds
+            ]  # fmt: skip
+            sweep += [
+                matrices(
+                    write_steps, kind, self.gains, *group, sums, t.tiles, *common, *_shape(kind),
+                    kind.codec, kind.elements, kind.cautious, kind.gains, kind.rounds, kind.cautious_decay,
+                )
+                for kind in reversed(kinds)
+            ]  # fmt: skip
+        for kind in plain:
+            of = t.programs[kind]
+            flags = (DTYPES[kind.dtype], 1024, kind.elements, kind.cautious, kind.rounds, kind.cautious_decay)
+            arguments = (of, t.table, self.grads, *group, sums, t.tiles, self.flag, self.clip, *flags)
+            sweep.append(Launch(step_plain, of.numel(), arguments))
+        if t.has_log16:
+            arguments = (squares, residuals, work, self.flag, *PURPOSES.values(), SLICE)
+            sweep.append(Launch(encode_vectors, n, (*some, *arguments)))
+        arguments = (
+            t.table, self.grads, *group, sums, t.tiles, t.ranges, self.outside_pools, self.totals, self.control,
+            self.flag, self.totals if events is None else events, len(self.numels), self.n_groups, 512, t.measures,
+            is_global, events is not None, 0 if events is None else events.numel(),
+        )  # fmt: skip
+        return look, sweep, [Launch(finish, 1, arguments)]
+
+
+def _shape(kind: Kind) -> tuple[Any, ...]:
+    """Returns the constants that every sweep ends with."""
+    return DTYPES[kind.dtype], kind.rows, kind.blocks, kind.block, kind.exact
+
+
+def group_constants(config: AutomagicConfig) -> list[float]:
+    """Returns the columns of a group's line that follow from its options, from `fields.BETA1` on."""
+    beta1, beta2, beta3 = config.betas
+    logs = [math.log(beta) if beta else -math.inf for beta in config.betas]
+    limit = math.floor(math.log(config.mask_band) / LOG_RATIO)
+    clear = 2 * math.sqrt((1 - beta1) / (1 + beta1))
+    return [
+        beta1, 1 - beta1, 1 - beta2, 1 - beta3, *logs, config.clip_threshold, config.eps[1], config.weight_decay,
+        clear, float(limit), float(config.sync_frequency),
+    ]  # fmt: skip

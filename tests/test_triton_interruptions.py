@@ -1,0 +1,65 @@
+"""A fused step that breaks between two launches goes on with the next one, or is given up and said."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_triton import CASES, Case, build, parameters, runs_kernels, take
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C, or for memory that ran out."""
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], None]:
+    """Lets the launch of this number fail, once; what is returned lets all pass again."""
+    from hf_automagic.kernels.launch import Launch
+
+    whole, count = Launch.__call__, itertools.count()
+
+    def launch(self: Any, stream: int) -> None:
+        if next(count) == number:
+            raise Interrupted
+        whole(self, stream)
+
+    monkeypatch.setattr(Launch, "__call__", launch)
+    return monkeypatch.undo
+
+
+@runs_kernels
+@pytest.mark.parametrize("number", [0, 2, 4, 6, 7, 8, 9])
+def test_an_interrupted_step_goes_on_with_the_launch_that_was_next(monkeypatch, number):
+    case, dtype, shapes = CASES[0], torch.float32, [(16, 64), (17,)]
+    twins = [build(parameters(dtype, shapes), case, "triton") for _ in range(2)]
+    take(twins, case, range(1), dtype)
+    undo = interrupt_at(monkeypatch, number)
+    with pytest.raises(Interrupted):
+        take(twins[:1], case, range(1, 2), dtype)
+    undo()
+    twins[0].step()
+    take(twins[1:], case, range(1, 2), dtype)
+    take(twins, case, range(2, 3), dtype)
+    for group, other in zip(*(o.param_groups for o in twins), strict=True):
+        assert torch.equal(group["update_rms"], other["update_rms"])
+        for p, q in zip(group["params"], other["params"], strict=True):
+            assert torch.equal(p, q)
+            assert all(torch.equal(v, twins[1].state[q][name]) for name, v in twins[0].state[p].items())
+    assert int(twins[0].param_groups[0]["counters"]["applied"]) == 3
+
+
+@runs_kernels
+def test_a_look_that_was_interrupted_leaves_no_offender_to_other_gradients(monkeypatch, caplog):
+    case, dtype, shapes = Case("", {}, broken=(0,)), torch.float32, [(16, 64), (17,), (16, 64)]
+    optimizer = build(parameters(dtype, shapes), case, "triton")
+    undo = interrupt_at(monkeypatch, 2)  # the look has found the broken gradient, and not told yet
+    with pytest.raises(Interrupted):
+        take([optimizer], case, range(1), dtype)
+    undo()
+    take([optimizer], case, range(1, 2), dtype)
+    assert {k: int(v) for k, v in optimizer.param_groups[0]["counters"].items()} == {
+        "applied": 1, "skipped": 0, "consecutive": 0, "offender": -1,
+    }  # fmt: skip
+    assert "interrupted" in caplog.text
