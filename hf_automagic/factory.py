@@ -45,7 +45,7 @@ def create_automagic_optimizer(
         model: a PEFT model, a plain model, or a list of parameters, (name, parameter) pairs or param groups. Only a
             model tells everything: LoRA's scalings, and which weights are pretrained.
         optim: a registered name, see `list_optimizers()`.
-        lr: where the search for the rate starts; the rate itself where the optimizer does not tune it.
+        lr: the rate where the optimizer does not tune it, and where `lr_search` starts; otherwise without effect.
         weight_decay: decoupled; not applied to biases, norms and magnitudes.
         new_modules: names of freshly initialised modules, which step at the adapters' rate.
         quantization_strategy: decides, parameter by parameter, what is stored in few bits.

@@ -100,12 +100,12 @@ _COPTIM = {
 for _info in (
     OptimizerInfo(
         "automagic_8bit",
-        "CAME's direction at a learning rate that tunes itself, with the momentum in 8 bits.",
+        "CAME's direction at a rate by role, width and step, whatever rate you give, with the momentum in 8 bits.",
         papers=(_CAME,),
     ),
     OptimizerInfo(
         "automagic",
-        "CAME's direction at a learning rate that tunes itself, with states in fp32.",
+        "CAME's direction at a rate by role, width and step, whatever rate you give, with states in fp32.",
         {"quantize_states": False},
         papers=(_CAME,),
     ),

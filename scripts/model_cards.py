@@ -82,16 +82,19 @@ def selftuning(name: str, records: Sequence[Record]) -> str:
     """Compares every start with AdamW's best rate, on each task and horizon."""
     rows = []
     for task, horizon in sorted({(r["task"], r["horizon"]) for r in records if r["arm"] == name}):
-        here = [r for r in records if (r["task"], r["horizon"]) == (task, horizon)]
+        here = with_all_starts([r for r in records if (r["task"], r["horizon"]) == (task, horizon)], name)
         ours, theirs = mean_losses(here, name), mean_losses(here, "AdamW")
         if theirs:
             best, worst_start = min(theirs.values()), max(ours, key=lambda lr: ours[lr])
             losses = [best, min(ours.values()), ours[worst_start]]
             distance = f"{100 * (ours[worst_start] / best - 1):+.1f}%"
             cells = [f"{loss:.4f}" for loss in losses]
-            starts = f"{min(ours):g} to {max(ours):g}"
+            starts = " to ".join(f"{lr:g}" for lr in sorted({min(ours), max(ours)}))
             rows.append([task, str(horizon), starts, *cells, f"{worst_start:g}", distance])
-    note = f"Mean held-out loss over seeds, against the best of AdamW's rates; {where(records[0])}."
+    note = (
+        "Mean held-out loss over the seeds at which all starts were run, against the best of AdamW's rates; all seeds "
+        f"are in [selftuning.md](./selftuning.md); {where(records[0])}."
+    )
     heads = (
         "task",
         "steps",
@@ -103,6 +106,16 @@ def selftuning(name: str, records: Sequence[Record]) -> str:
         "distance",
     )
     return table("Started at any rate", note, heads, rows)
+
+
+def with_all_starts(records: Sequence[Record], arm: str) -> list[Record]:
+    """Keeps the seeds at which an arm was run from every start, so that all means are over the same seeds."""
+    starts: dict[int, set[float]] = {}
+    for record in records:
+        if record["arm"] == arm:
+            starts.setdefault(record["seed"], set()).add(record["lr"])
+    every = set.union(*starts.values())
+    return [r for r in records if starts.get(r["seed"]) == every]
 
 
 def mean_losses(records: Sequence[Record], arm: str) -> dict[float, float]:

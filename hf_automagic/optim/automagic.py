@@ -42,11 +42,11 @@ SCHEMA = 1
 
 
 class Automagic(LiveStorage, torch.optim.Optimizer):
-    """Steps parameters with CAME's direction at a learning rate that tunes itself, with states in 8 bits.
+    """Steps parameters with CAME's direction at a rate that needs no setting, with states in 8 bits.
 
-    The direction is a bias-corrected CAME (arXiv 2307.02047). One rate for all parameters follows the agreement
-    between gradients and momentum, between rails that depend on a parameter's role. `group["lr"]` stays the
-    scheduler's: what it does to its starting value multiplies the tuned rate.
+    The direction is a bias-corrected CAME (arXiv 2307.02047). The rate follows from a parameter's role, the model's
+    width and the step (`optim.groups.base_lr`); `lr_search` lets it climb there from `lr` instead. `group["lr"]` stays
+    the scheduler's: what it does to its starting value multiplies the rate, its height has no effect.
 
     Args:
         params: tensors, (name, tensor) pairs, which tell roles and LoRA pairs, or param groups. A group may set every

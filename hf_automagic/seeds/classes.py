@@ -49,7 +49,7 @@ class SeedOptimizer(Automagic):
 
     Args:
         params: as for `Automagic`: (name, tensor) pairs tell of LoRA pairs, bare tensors need `attach(model)` to.
-        lr: where the search for the rate starts.
+        lr: where `lr_search` starts; without it the rate follows from role, width and step.
         verbose: logs the table of the groups now, and a line whenever memory statistics are asked for, at INFO.
         quantization_strategy: decides what is stored in few bits; see `CustomQuantizationStrategy`.
         **options: options of the document, and all others of `AutomagicConfig`.
@@ -150,7 +150,7 @@ class Automagic_CameAMP_COptim(SeedOptimizer):
 
     Args:
         params: as for `Automagic`.
-        lr: where the search for the rate starts.
+        lr: where `lr_search` starts; without it the rate follows from role, width and step.
         betas: decay of momentum, second moment and confidence.
         eps: floors, see `AutomagicConfig`.
         weight_decay: decoupled.

@@ -1,10 +1,8 @@
 """Runs many jobs in parallel processes on one device; every finished run is one line of a file at once."""
 
-import json
-import os
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from torch import multiprocessing
 
 from .arms import ARMS
+from .lines import append_line, end_last_line, read_lines
 from .training import Job, Run
 
 
@@ -100,6 +99,9 @@ def run_grid(
     """
     known = {line["key"] for line in read_lines(results)}
     waiting = [job for job in dict.fromkeys(jobs) if job.key not in known]
+    if not waiting:
+        return 0
+    end_last_line(results)
     context = multiprocessing.get_context("spawn")
     queues = {True: context.Queue(), False: context.Queue()}
     for job in waiting:
@@ -152,24 +154,3 @@ def _next(jobs: Any) -> Job | None:
         return jobs.get(timeout=0.2)
     except queue.Empty:
         return None
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends one line in one write, so that processes do not cut into each other's."""
-    descriptor = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
-    try:
-        os.write(descriptor, (json.dumps(line) + "\n").encode())
-    finally:
-        os.close(descriptor)
-
-
-def read_lines(path: Path) -> Sequence[dict[str, Any]]:
-    """Reads all complete lines, the newest of each key."""
-    if not path.exists():
-        return []
-    found = {}
-    for text in path.read_text().splitlines():
-        if text.endswith("}"):
-            line = json.loads(text)
-            found[line["key"]] = line
-    return list(found.values())
