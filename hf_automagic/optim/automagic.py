@@ -167,7 +167,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                     opened.stages = [*stages, self._adapt_when_due]
                 else:
                     self._set_rates()
-                    opened.gains = plan.pairs.row_gains()
+                    opened.gains = opened.plan.pairs.row_gains()
                     positions = [i for i, _ in params]
                     opened.check = check_gradients(grads, positions, self.config.max_grad_norm, plan.ranks)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
