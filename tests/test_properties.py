@@ -25,7 +25,7 @@ NUMBERS = {
     "lr": st.sampled_from([0.0, 1e-8, 1e-5, 1e-3, 1e-1]),
     "min_lr": st.sampled_from([0.0, 1e-7]),
     "max_lr": st.sampled_from([1e-7, 1e-3, 1.0]),
-    "full_weight_lr_scale": st.sampled_from([0.0, 0.1, 1.0]),
+    "rail_steps": st.sampled_from([0, 1, 100]),
     "lr_speed": st.floats(0, 2.3),
     "lr_drift": st.floats(0, 1),
     "mask_band": st.sampled_from([1.0, 4.0, 1e4]),

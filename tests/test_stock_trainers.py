@@ -196,9 +196,10 @@ def test_with_the_remedy_nothing_is_missing(tmp_path, caplog, remedy):
         trainer.train()
     law, *table = banner(caplog).splitlines()
     assert law.startswith(f"optim={CONTEXT}: lr 0.001 from learning_rate")
-    assert (
-        table[-1] == "The learning rate follows from role, width and step, whatever lr is; a scheduler multiplies it."
+    assert table[-2] == (
+        "The learning rate follows from role, width and step, whatever lr is; a scheduler multiplies it."
     )
+    assert "eager stacks" in table[-1]
 
 
 def test_other_optimizers_are_left_alone(tmp_path, caplog):

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launch, current_stream
 from .support import is_interpreted
 
 
@@ -13,5 +14,8 @@ def _double(x):
 
 
 def run_trial() -> None:
-    """Runs it; raises what triton raises where it cannot."""
-    _double[(1,)](torch.ones((), device="cpu" if is_interpreted() else "cuda"))
+    """Runs it the way a step does; raises what triton raises where it cannot."""
+    device = torch.device("cpu" if is_interpreted() else "cuda")
+    launch = Launch(_double, 1, (torch.ones((), device=device),))
+    launch.prepare()
+    launch(current_stream(device))
