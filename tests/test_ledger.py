@@ -14,7 +14,7 @@ ROWS = read_rows()
 
 
 def test_every_mutation_finds_its_text_once_and_parses():
-    assert {row.section for row in ROWS} == {"Names", "First seed", "Second seed", "Engine"}
+    assert {"Names", "First seed", "Second seed", "Engine"} <= {row.section for row in ROWS}
     for row in ROWS:
         source = (ROOT / "hf_automagic" / row.file).read_text(encoding="utf-8")
         assert source.count(row.old) == 1, row
