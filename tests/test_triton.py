@@ -131,7 +131,11 @@ def _assert_state(name: str, value: torch.Tensor, other: torch.Tensor, deep: flo
         assert int((unlike > 0).sum()) <= few, name
     else:
         spread = float(value.float().abs().max()) if value.numel() else 0.0
-        assert torch.allclose(value.float(), other.float(), rtol=2e-3 * deep, atol=1e-5 * deep * spread), name
+        apart = (value.float() - other.float()).abs() - deep * (2e-3 * other.float().abs() + 1e-5 * spread)
+        # a code that differs by one moves a momentum by up to 1/64 of its block's largest, and with it the next scale
+        few = max(2, int(0.002 * apart.numel())) if deep > 1 and name.endswith(("scale", "zero")) else 0
+        assert int((apart > 0).sum()) <= few, name
+        assert not bool((apart > spread / 64).any()), name
 
 
 def run_both(

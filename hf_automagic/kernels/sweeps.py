@@ -15,6 +15,7 @@ from .arithmetic import (
     FLOAT_MAX,
     load_momentum,
     one_minus_power,
+    sum_three,
 )
 from .tiles import column_factor, find_tile, row_factor, sum_of, typed, vector_at
 
@@ -95,6 +96,7 @@ def sum_residuals(
     step = tl.load(tl.load(line + f.STEP).to(tl.pointer_type(tl.float32))) + 1.0
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
     whole = whole * tl.load(clip)
+    by_col = by_col * whole
     row_sums = parts + tl.load(line + f.ROW_PARTS) + col_tile * rows
     uus = tl.zeros([BR, NB, BK], tl.float32)
     ums = tl.zeros([BR, NB, BK], tl.float32)
@@ -114,14 +116,16 @@ def sum_residuals(
         shared_mask = here[:, None] & (block < blocks)[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        u = (g * whole) * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
         a, b, c = u * u, u * m, m * m
         uus += a
         ums += b
         mms += c
-        tl.store(row_sums + row, tl.sum(tl.sum(a, 2), 1), mask=here)
-        tl.store(row_sums + plane + row, tl.sum(tl.sum(b, 2), 1), mask=here)
-        tl.store(row_sums + 2 * plane + row, tl.sum(tl.sum(c, 2), 1), mask=here)
+        a, b, c = sum_three(a, b, c, 2)
+        a, b, c = sum_three(a, b, c, 1)
+        tl.store(row_sums + row, a, mask=here)
+        tl.store(row_sums + plane + row, b, mask=here)
+        tl.store(row_sums + 2 * plane + row, c, mask=here)
         if ELEMENTS:
             if due:
                 elements = tl.load(line + f.MASK).to(tl.pointer_type(tl.uint8))
@@ -171,7 +175,7 @@ def sum_steps(
     codes, scale, zero = tl.load(line + f.MOMENTUM), tl.load(line + f.SCALE), tl.load(line + f.ZERO)
     step = tl.load(tl.load(line + f.STEP).to(tl.pointer_type(tl.float32))) + 1.0
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
-    whole = whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED)
+    by_col = by_col * (whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED))
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
     calm = calm / one_minus_power(tl.load(group + f.LOG1), step)
     weight = tl.load(group + f.WEIGHT1)
@@ -188,11 +192,11 @@ def sum_steps(
         shared_mask = here[:, None] & (block < blocks)[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        u = (g * whole) * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
         m = m + weight * (u - m)
         residual = tl.load(vector_at(tl.load(line + f.VECTORS + 2), work) + row, mask=here, other=1.0)
         d = m * tl.rsqrt(residual / mean)[:, None, None] * calm[None, :, :]
-        total += tl.where(mask, d * d, 0.0)
+        total += d * d  # without a gradient and a momentum there is no step
         if CAUTIOUS:
             agreeing += (((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32)
             voting += ((m != 0) & (g != 0)).to(tl.float32)

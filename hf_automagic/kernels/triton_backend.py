@@ -58,6 +58,7 @@ class TritonStep:
         """Makes the tables."""
         self.tables = tables = Tables(buckets, n_groups)
         self.params = tables.params
+        self.positions = [i for _, bucket in buckets for i in bucket.positions]
         self.group_of = [group for group, bucket in buckets for _ in bucket.params]
         self.numels = [p.numel() for p in self.params]
         self.device, self.n_groups = tables.device, n_groups
@@ -95,16 +96,15 @@ class TritonStep:
 
     def is_current(self) -> bool:
         """Whether the weights still lie where the tables say."""
-        return [p.data_ptr() for p in self.params] == self.param_addresses
+        return list(map(Tensor.data_ptr, self.params)) == self.param_addresses
 
     def are_gradients_in_place(self) -> bool:
         """Whether the gradients still lie where they were seen last."""
-        return [0 if p.grad is None else p.grad.data_ptr() for p in self.params] == self.seen
+        return _addresses([p.grad for p in self.params]) == self.seen
 
-    def take_gradients(self) -> None:
-        """Notes where the gradients are; uploads only when one has moved."""
-        grads = [p.grad for p in self.params]
-        addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+    def take_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Notes where the gradients of `params` are; uploads only when one has moved."""
+        addresses = _addresses(grads)
         if self.is_plain and addresses == self.seen and all([g is None or g.is_contiguous() for g in grads]):
             return
         self.seen = list(addresses)
@@ -270,6 +270,14 @@ class TritonStep:
             is_global, events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
         return look, sweep, [Launch(finish, 1, arguments)]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Returns where tensors lie, 0 for none; quick where all are there."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) == len(tensors):
+        return list(map(Tensor.data_ptr, present))
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _shape(kind: Kind) -> tuple[Any, ...]:

@@ -36,16 +36,22 @@ def _slice_of(slices, table):
 
 
 @triton.jit
-def _sum_parts(parts, count, length, place, mask, VS: tl.constexpr, TC: tl.constexpr):
-    """Adds up the partial sums of a slice's elements over all tiles  # [VS]"""
-    total = tl.zeros([VS], tl.float32)
+def _sum_parts(parts, plane, count, length, place, mask, PLANES: tl.constexpr, VS: tl.constexpr, TC: tl.constexpr):
+    """Adds up the partial sums of a slice's elements over all tiles, of one plane or of three at once  # 3 of [VS]"""
+    one = tl.zeros([VS], tl.float32)
+    two = tl.zeros([VS], tl.float32)
+    three = tl.zeros([VS], tl.float32)
     start = tl.zeros((), tl.int64)
     while start < count:
         tile = start + tl.arange(0, TC)
         some = parts + tile[:, None] * length + place[None, :]
-        total += tl.sum(tl.load(some, mask=(tile < count)[:, None] & mask[None, :], other=0.0), 0)
+        there = (tile < count)[:, None] & mask[None, :]
+        one += tl.sum(tl.load(some, mask=there, other=0.0), 0)
+        if PLANES == 3:
+            two += tl.sum(tl.load(some + plane, mask=there, other=0.0), 0)
+            three += tl.sum(tl.load(some + 2 * plane, mask=there, other=0.0), 0)
         start += TC
-    return total
+    return one, two, three
 
 
 @triton.jit
@@ -77,17 +83,17 @@ def average_squares(
 ):
     """After sweep 1: R and C, the averages of g^2 over rows and columns."""
     tensor, line, side, first, length, other, count, part = _slice_of(slices, table)
-    if (tl.load(grads + tensor) == 0) | (tl.load(finite) == 0):
-        return
+    steps = (tl.load(grads + tensor) != 0) & (tl.load(finite) != 0)  # what is written; nothing waits for it to read
     group = groups + tl.load(line + f.GROUP) * f.GROUP_WIDTH
     place = first + tl.arange(0, VS)
     mask = place < length
     factor = tl.load(clip)
-    seen = _sum_parts(parts + part, count, length, place, mask, VS, TC) / other.to(tl.float32) * (factor * factor)
     old = _read(line, side, work, place, mask)
+    total, _, _ = _sum_parts(parts + part, 0, count, length, place, mask, 1, VS, TC)
+    seen = total / other.to(tl.float32) * (factor * factor)
     new = tl.where(mask, old + tl.load(group + f.WEIGHT2) * (seen - old), 0.0)
-    tl.store(vector_at(tl.load(line + f.VECTORS + side), work) + place, new, mask=mask)
-    tl.store(slice_sums + tl.program_id(0), tl.sum(new, 0))
+    tl.store(vector_at(tl.load(line + f.VECTORS + side), work) + place, new, mask=mask & steps)
+    tl.store(slice_sums + tl.program_id(0), tl.sum(new, 0), mask=steps)
 
 
 @triton.jit
@@ -100,34 +106,31 @@ def average_residuals(
     sum (u - m')^2 = beta1^2 (s^2 sum u^2 - 2 s sum u m + sum m^2), u before its clip, m the momentum before this step.
     """
     tensor, line, side, first, length, other, count, part = _slice_of(slices, table)
-    if (tl.load(grads + tensor) == 0) | (tl.load(finite) == 0):
-        return
+    steps = (tl.load(grads + tensor) != 0) & (tl.load(finite) != 0)
     group = groups + tl.load(line + f.GROUP) * f.GROUP_WIDTH
     mine = sums + tl.load(line + f.FIRST_TILE)
+    place = first + tl.arange(0, VS)
+    mask = place < length
+    old = _read(line, 2 + side, work, place, mask)
+    uu, um, mm = _sum_parts(parts + part, plane, count, length, place, mask, 3, VS, TC)
     tiles = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
     total = sum_of(mine + f.SUM_UPDATE * n_tiles, tiles, 256)
     mean_square = total / (length.to(tl.float32) * other.to(tl.float32))
     factor = tl.maximum(tl.sqrt(mean_square) / tl.load(group + f.CLIP), 1.0)
     s = 1.0 / factor
-    if (side == 0) & (first == 0):
+    if (side == 0) & (first == 0) & steps:
         out = stats + tensor * f.STATS_WIDTH
         tl.store(out + f.CLIPPED, s)
         if MEASURES:
             tl.store(out + f.AGREEMENT, s * sum_of(mine + f.SUM_AGREEMENT * n_tiles, tiles, 256))
             tl.store(out + f.UPDATE, s * s * total)
             tl.store(out + f.SQUARE, sum_of(mine + f.SUM_MOMENTUM * n_tiles, tiles, 256))
-    place = first + tl.arange(0, VS)
-    mask = place < length
-    uu = _sum_parts(parts + part, count, length, place, mask, VS, TC)
-    um = _sum_parts(parts + plane + part, count, length, place, mask, VS, TC)
-    mm = _sum_parts(parts + 2 * plane + part, count, length, place, mask, VS, TC)
     beta1 = tl.load(group + f.BETA1)
     seen = beta1 * beta1 * (s * s * uu - 2.0 * s * um + mm) / other.to(tl.float32)
     seen = tl.maximum(seen, RESIDUAL_FLOOR * (mean_square * s * s)) + tl.load(group + f.EPS)
-    old = _read(line, 2 + side, work, place, mask)
     new = tl.where(mask, old + tl.load(group + f.WEIGHT3) * (seen - old), 0.0)
-    tl.store(vector_at(tl.load(line + f.VECTORS + 2 + side), work) + place, new, mask=mask)
-    tl.store(slice_sums + tl.program_id(0), tl.sum(new, 0))
+    tl.store(vector_at(tl.load(line + f.VECTORS + 2 + side), work) + place, new, mask=mask & steps)
+    tl.store(slice_sums + tl.program_id(0), tl.sum(new, 0), mask=steps)
 
 
 @triton.jit

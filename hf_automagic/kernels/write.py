@@ -72,7 +72,7 @@ def write_steps(
     lr = tl.load(rates + tl.load(line + f.GROUP) * f.RATES_WIDTH + f.APPLIED_LR)
     decay = tl.load(group + f.DECAY)
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
-    whole = whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED)
+    by_col = by_col * (whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED))
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
     count = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
     numel = rows.to(tl.float32) * cols.to(tl.float32)
@@ -107,9 +107,8 @@ def write_steps(
             if gain != 0:
                 stride = tl.load(gains + 2 * tensor + 1)
                 by_row = by_row * tl.load(gain.to(tl.pointer_type(tl.float32)) + row * stride, mask=here, other=1.0)
-        u = (g * whole) * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
         new = m + weight * (u - m)
-        new = tl.where(mask, new, 0.0)
         update = new * by_row[:, None, None] * calm[None, :, :]
         if CAUTIOUS:
             update = tl.where(((new > 0) & (g > 0)) | ((new < 0) & (g < 0)), update, 0.0)

@@ -127,10 +127,10 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
         context_loss = self._take_loss(value, loss)
-        every = [p for group in self.param_groups for p in group["params"]]
-        params = [(i, p) for i, p in enumerate(every) if p.grad is not None]
-        if params:
-            self._apply_step(params, context_loss)
+        grads = [p.grad for group in self.param_groups for p in group["params"]]
+        present = [grad for grad in grads if grad is not None]
+        if present:
+            self._apply_step(grads, present, context_loss)
         return value
 
     def observe_loss(self, loss: Tensor | float, *, is_share: bool = False) -> None:
@@ -155,27 +155,28 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         is_trial = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
         return self.loss_intake.take(shared_device(self.param_groups), may_lack=is_trial)
 
-    def _apply_step(self, params: list[tuple[int, Tensor]], loss: Tensor | None) -> None:
+    def _apply_step(self, grads: list[Tensor | None], present: list[Tensor], loss: Tensor | None) -> None:
         """Takes a step, or what an interrupted call left of it."""
-        grads = [p.grad for _, p in params if p.grad is not None]
-        opened = self._reopen(grads) or OpenStep(loss)
+        opened = self._reopen(present) or OpenStep(loss)
         try:
             if opened.plan is None or not opened.is_looked_at:
-                opened.plan = plan = self._live_plan()
+                opened.plan = plan = self._current_plan()
                 if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
-                    stages = plan.fused.stages(self.param_groups, loss, self.config.max_grad_norm, self.config.lr_pool)
-                    opened.stages = [*stages, self._adapt_when_due]
+                    told = (self.param_groups, grads, loss, self.config.max_grad_norm, self.config.lr_pool)
+                    opened.stages = [*plan.fused_stages(self.state, *told), self._adapt_when_due]
                 else:
+                    plan.adopt(self.state)
                     self._set_rates()
                     opened.gains = opened.plan.pairs.row_gains()
-                    positions = [i for i, _ in params]
-                    opened.check = check_gradients(grads, positions, self.config.max_grad_norm, plan.ranks)
+                    positions = [i for i, grad in enumerate(grads) if grad is not None]
+                    opened.check = check_gradients(present, positions, self.config.max_grad_norm, plan.ranks)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
         except (NotImplementedError, RuntimeError):
-            refuse_sparse([p for _, p in params], self.param_groups)  # torch's own words name neither whose nor why
+            # torch's own words name neither whose nor why
+            refuse_sparse([p for group in self.param_groups for p in group["params"]], self.param_groups)
             raise
         finally:
-            self._interrupted = None if opened.is_over else opened.watch(grads)
+            self._interrupted = None if opened.is_over else opened.watch(present)
 
     def _reopen(self, grads: list[Tensor]) -> OpenStep | None:
         """Returns the step that was interrupted with these gradients; gives up one that was with others."""

@@ -89,7 +89,12 @@ class FusedStep:
         self.one = torch.ones((), device=groups[0]["params"][0].device)
 
     def stages(
-        self, groups: Sequence[dict[str, Any]], loss: Tensor | None, max_grad_norm: float | None, lr_pool: str
+        self,
+        groups: Sequence[dict[str, Any]],
+        grads: Sequence[Tensor | None],
+        loss: Tensor | None,
+        max_grad_norm: float | None,
+        lr_pool: str,
     ) -> list[Callable[[], None]]:
         """Prepares a step, which changes nothing; what is returned takes it, each of them once and in order.
 
@@ -98,13 +103,14 @@ class FusedStep:
 
         Args:
             groups: filled param groups, whose numbers are on their device.
+            grads: of all their parameters in order.
             loss: of the step, None without a context.
             max_grad_norm: largest norm of all gradients, None for no clip.
             lr_pool: 'global' or 'group'.
         """
         kernels, shared = self._current_kernels(groups), groups[0]
         self._adopt(groups)
-        kernels.take_gradients()
+        kernels.take_gradients([grads[i] for i in kernels.positions])
         kernels.take_groups(self._group_values(groups, kernels.counts, lr_pool))
         gains = self.pairs.row_gains()
         if gains:
@@ -138,13 +144,19 @@ class FusedStep:
             ]
         return stages
 
+    def tables_hold(self) -> bool:
+        """Whether every weight that the kernels step lies where their tables say; forgets tables that do not hold."""
+        if self.kernels is not None and not self.kernels.is_current():
+            self.kernels = None
+        return self.kernels is not None
+
     def is_in_place(self) -> bool:
         """Whether weights and gradients still lie where the kernels saw them, so that a step can go on."""
-        return self.kernels is not None and self.kernels.is_current() and self.kernels.are_gradients_in_place()
+        return self.tables_hold() and self.kernels.are_gradients_in_place()
 
     def _current_kernels(self, groups: Sequence[dict[str, Any]]) -> Any:
-        """Returns the kernels with their tables, made anew where weights have moved."""
-        if self.kernels is None or not self.kernels.is_current():
+        """Returns the kernels with their tables, made anew where weights have moved since `tables_hold` was asked."""
+        if self.kernels is None:
             from ..kernels.triton_backend import CONSTANTS, TritonStep, group_constants
 
             chosen = [self.buckets[number] for number in self.fused if self.buckets[number][1].layout.shape.numel()]

@@ -1,9 +1,10 @@
 """The plan of a step: which parameters step together, and the tensors of the optimizer as a whole."""
 
+import functools
 import itertools
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], strategy: QuantizationStrategy | None) -> None:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
-        self.seen = _look_at_params(groups)
+        self.members, self.kinds = _members(groups), _kinds(groups)
         self.adopted: list[Tensor] | None = None
         refuse_flat_shards(groups)
         buckets, self.ranks = _sort_into_buckets(groups, strategy)
@@ -56,7 +57,12 @@ class Plan:
 
     def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the groups still hold the same parameters, of the same kind, with the same options."""
-        return self.options == [_options(group) for group in groups] and self.seen == _look_at_params(groups)
+        members = _members(groups)
+        if self.options != [_options(group) for group in groups] or self.members != members:
+            return False
+        if self.fused is not None and self.fused.tables_hold() and not self.fused.others:
+            return True  # weights that lie where they did are of the same kind
+        return self.kinds == _kinds(groups)
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
@@ -68,6 +74,14 @@ class Plan:
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
         self.adopted = list(itertools.chain.from_iterable(map(dict.values, state.values())))
+
+    def fused_stages(self, state: Mapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
+        """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look."""
+        assert self.fused is not None
+        if self.adopted is None:
+            self.adopt(state)
+        look, *rest = self.fused.stages(*told)
+        return [look, functools.partial(self.adopt, state), *rest]
 
     def step(self, inputs: Sequence[StepInputs], sweeps: Sequence[list[Sweep]]) -> list[BucketSums]:
         """Steps all buckets with what the step hands to each; returns what each measured.
@@ -83,11 +97,18 @@ class Plan:
         ]
 
 
-def _look_at_params(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Returns what decides about the sorting into buckets, cheap to take and to compare."""
+def _members(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
+    """Returns which parameters there are, and which of them step; cheap to take and to compare."""
     every = [p for group in groups for p in group["params"]]
-    stepped = [p.requires_grad or p.grad is not None for p in every]
-    return [list(map(id, every)), stepped, [p.dtype for p in every], [p.device for p in every]]
+    stepped = list(map(operator.attrgetter("requires_grad"), every))
+    if not all(stepped):
+        stepped = [is_stepped(p) for p in every]
+    return list(map(id, every)), stepped
+
+
+def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[tuple[torch.dtype, torch.device]]:
+    """Returns what decides about the sorting into buckets."""
+    return [(p.dtype, p.device) for group in groups for p in group["params"]]
 
 
 def _options(group: Mapping[str, Any]) -> list[Any]:
