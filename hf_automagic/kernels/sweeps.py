@@ -17,7 +17,7 @@ from .arithmetic import (
     one_minus_power,
     sum_three,
 )
-from .tiles import column_factor, find_tile, row_factor, sum_of, typed, vector_at
+from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
 
 LOG_RATIO = tl.constexpr(0.036119373230094835)  # of the element mask, 4 ln 10 / 255
 CENTRE = tl.constexpr(128.0)
@@ -39,28 +39,24 @@ def sum_squares(
     grad = typed(address, DTYPE, EXACT)
     row_sums = parts + tl.load(line + f.ROW_PARTS) + col_tile * tl.load(line + f.ROWS)
     squared = tl.zeros([BR, NB, BK], tl.float32)  # summed over rows once, in the end: threads exchange little
-    start = first
-    while start < last:
+    for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
         mask = (row < last)[:, None, None] & exists[None, :, :]
         g = tl.load(grad + row[:, None, None] * cols + col[None, :, :], mask=mask, other=0.0).to(tl.float32)
         squares = g * g
         squared += squares
         tl.store(row_sums + row, tl.sum(tl.sum(squares, 2), 1), mask=row < last)
-        start += BR
     total = tl.sum(squared, 0)
     tl.store(parts + tl.load(line + f.COL_PARTS) + row_tile * cols + col, total, mask=exists)
     whole = tl.sum(tl.sum(total, 1), 0)
     tl.store(sums + tl.load(line + f.FIRST_TILE) + place, whole)
     if not (whole <= FLOAT_MAX):  # an overflow of squares, or really a bad element
         bad = tl.zeros([BR, NB, BK], tl.float32)
-        start = first
-        while start < last:
+        for start in tl.range(bound(first), bound(last), BR):
             row = start + tl.arange(0, BR)
             mask = (row < last)[:, None, None] & exists[None, :, :]
             g = tl.load(grad + row[:, None, None] * cols + col[None, :, :], mask=mask, other=0.0).to(tl.float32)
             bad = tl.where(tl.abs(g) <= FLOAT_MAX, bad, 1.0)
-            start += BR
         if tl.sum(tl.sum(tl.sum(bad, 2), 1), 0) > 0:
             tl.atomic_min(control + f.OFFENDER, tl.load(line + f.KEY))
 
@@ -106,8 +102,7 @@ def sum_residuals(
     if ELEMENTS:
         every = tl.load(group + f.RECENTRE)
         due = step - tl.floor(step / every) * every == 0
-    start = first
-    while start < last:
+    for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
         here = row < last
         mask = here[:, None, None] & exists[None, :, :]
@@ -132,7 +127,6 @@ def sum_residuals(
                 k = tl.load(elements + offsets, mask=mask, other=128).to(tl.float32) - CENTRE
                 k = voted(k, g, m, whole, tl.load(group + f.CLEAR), tl.load(group + f.LIMIT))
                 moved += tl.where(mask, k, 0.0)
-        start += BR
     uu, um, mm = tl.sum(uus, 0), tl.sum(ums, 0), tl.sum(mms, 0)
     col_sums = parts + tl.load(line + f.COL_PARTS) + row_tile * cols
     tl.store(col_sums + col, uu, mask=exists)
@@ -182,8 +176,7 @@ def sum_steps(
     total = tl.zeros([BR, NB, BK], tl.float32)
     agreeing = tl.zeros([BR, NB, BK], tl.float32)
     voting = tl.zeros([BR, NB, BK], tl.float32)
-    start = first
-    while start < last:
+    for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
         here = row < last
         mask = here[:, None, None] & exists[None, :, :]
@@ -200,7 +193,6 @@ def sum_steps(
         if CAUTIOUS:
             agreeing += (((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32)
             voting += ((m != 0) & (g != 0)).to(tl.float32)
-        start += BR
     mine = sums + tl.load(line + f.FIRST_TILE) + place
     tl.store(mine + f.SUM_STEP * n_tiles, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
     if CAUTIOUS:

@@ -9,18 +9,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..config import AutomagicConfig
 from ..quantization import Log16
 from ..transforms.cautious import Cautious
 from ..transforms.decay import CautiousWeightDecay
 from ..transforms.lora import ScaleByRowGain
-from ..transforms.self_tuning import MeasureAgreement, ScaleByElementRate
+from ..transforms.self_tuning import LOG_RATIO, MeasureAgreement, ScaleByElementRate
 from . import fields as f
 from .support import VECTORS, Stacked, codec_kind, has
 
-ITERATION = 2048  # elements that a program holds at a time
+ITERATION = 2048  # elements that a program of any sweep holds at a time, at most
 SMALLEST_TILE, LARGEST_TILE = 2**13, 2**18  # elements of a program
 PROGRAMS = 4096  # that keep a device busy
 SLICE = 1024  # elements of a vector that a program owns
+CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # of a group's line: what follows from its options
 PURPOSES = {name: zlib.crc32(name.encode()) for name in VECTORS}
 
 
@@ -32,7 +34,7 @@ class Kind:
         dtype: of weights and gradients.
         is_matrix: whether the second moment is factored.
         codec: of the momentum, see `support.codec_kind`.
-        rows, blocks, block: elements that a program holds at a time, powers of two.
+        rows, blocks, block: elements that a program holds at a time, at most, powers of two.
         exact: no column is masked, and addresses are multiples of 16 bytes.
         elements: with an element mask.
         cautious: with the cautious mask.
@@ -205,3 +207,15 @@ class Tables:
     def cut(self, scratch: Tensor) -> tuple[Tensor, ...]:
         """Cuts a step's scratch into its parts."""
         return scratch.split(list(self.sizes))
+
+
+def group_constants(config: AutomagicConfig) -> list[float]:
+    """Returns the columns of a group's line that follow from its options, from `fields.BETA1` on."""
+    beta1, beta2, beta3 = config.betas
+    logs = [math.log(beta) if beta else -math.inf for beta in config.betas]
+    limit = math.floor(math.log(config.mask_band) / LOG_RATIO)
+    clear = 2 * math.sqrt((1 - beta1) / (1 + beta1))
+    return [
+        beta1, 1 - beta1, 1 - beta2, 1 - beta3, *logs, config.clip_threshold, config.eps[1], config.weight_decay,
+        clear, float(limit), float(config.sync_frequency),
+    ]  # fmt: skip

@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import one_minus_power
+from .arithmetic import IS_INTERPRETED, one_minus_power
 
 TINY_MEAN_SQUARE = tl.constexpr(2.0**-114)
 TINY_RATIO = tl.constexpr(2.0**-60)
+STAGES = tl.constexpr(3)  # of the loops over rows: what the next rows need is loaded while these are computed
 
 
 @triton.jit
@@ -43,6 +44,15 @@ def find_tile(tiles, table, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.conste
         col = block[:, None] * width + inside[None, :]
         exists = (block < blocks)[:, None] & (inside < width)[None, :] & (col < cols)
     return tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists
+
+
+@triton.jit
+def bound(x):
+    """Returns a number as a loop takes it; the interpreter's own is an array of one, which recent NumPy refuses."""
+    if IS_INTERPRETED:
+        return x.handle.data.item()
+    else:
+        return x
 
 
 @triton.jit

@@ -20,7 +20,6 @@ Every other sweep runs backwards, so that it begins with what the cache still ho
 """
 
 import contextlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,22 +27,21 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..config import AutomagicConfig
-from ..transforms.self_tuning import LOG_RATIO
 from . import fields as f
 from .decide import decide, finish
-from .launch import IS_DIRECT, Launch, current_stream
+from .launch import IS_DIRECT, Launch, Work, current_stream
 from .plain import check_plain, step_plain
-from .support import Stacked
+from .support import Stacked, is_interpreted
 from .sweeps import sum_residuals, sum_squares, sum_steps
 from .table import PURPOSES, SLICE, Kind, Tables
 from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # of a group's line: what follows from its options
 REMEMBERED = 16  # places of the scratch for which launches are kept
-TILES_AT_ONCE = 2  # partial sums of a vector's element that are loaded together
+# chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
+SQUARES, RESIDUALS, LENGTH = Work(1024, 4), Work(512, 1), Work(512, 1)
+WRITE = Work(1024, 4, registers=80)
 
 
 class TritonStep:
@@ -104,8 +102,8 @@ class TritonStep:
 
     def take_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Notes where the gradients of `params` are; uploads only when one has moved."""
-        addresses = _addresses(grads)
-        if self.is_plain and addresses == self.seen and all([g is None or g.is_contiguous() for g in grads]):
+        addresses, present = _addresses(grads), [grad for grad in grads if grad is not None]
+        if self.is_plain and addresses == self.seen and all(map(Tensor.is_contiguous, present)):
             return
         self.seen = list(addresses)
         self.kept = []
@@ -216,11 +214,13 @@ class TritonStep:
         kinds = [kind for kind in t.programs if kind.is_matrix]
         plain = [kind for kind in t.programs if not kind.is_matrix]
 
-        def matrices(kernel: Any, kind: Kind, *arguments: Any) -> Launch:
+        def matrices(kernel: Any, work: Work, kind: Kind, *arguments: Any) -> Launch:
             of = t.programs[kind]
-            return Launch(kernel, of.numel() // 2, (of, t.table, self.grads, *arguments))
+            return Launch(kernel, of.numel() // 2, (of, t.table, self.grads, *arguments), work)
 
-        look += [matrices(sum_squares, kind, parts, sums, self.control, *_shape(kind)) for kind in kinds]
+        look += [
+            matrices(sum_squares, SQUARES, kind, parts, sums, self.control, *_shape(kind, SQUARES)) for kind in kinds
+        ]
         for kind in plain:
             of = t.programs[kind]
             arguments = (of, t.table, self.grads, sums, self.control, DTYPES[kind.dtype], 1024)
@@ -229,29 +229,29 @@ class TritonStep:
         arguments = (self.control, self.flag, self.clip, self.groups, self.rates, sums, t.tiles, self.n_groups)
         look.append(Launch(decide, 1, (*arguments, *numbers)))
         if kinds:
-            arguments = (self.groups, parts, squares, work, self.flag, self.clip, SLICE, TILES_AT_ONCE)
+            arguments = (self.groups, parts, squares, work, self.flag, self.clip, SLICE)
             sweep.append(Launch(average_squares, n, (*some, *arguments)))
             common = (squares, work, self.flag, self.clip)
             sweep += [
                 matrices(
-                    sum_residuals, kind, self.groups, parts, t.places, sums, t.tiles, *common,
-                    *_shape(kind), kind.codec, kind.elements, kind.measures,
+                    sum_residuals, RESIDUALS, kind, self.groups, parts, t.places, sums, t.tiles, *common,
+                    *_shape(kind, RESIDUALS), kind.codec, kind.elements, kind.measures,
                 )
                 for kind in reversed(kinds)
             ]  # fmt: skip
-            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE, TILES_AT_ONCE)
+            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE)
             sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures)))
             common = (squares, residuals, work, self.flag, self.clip)
             sweep += [
                 matrices(
-                    sum_steps, kind, self.groups, self.stats, sums, t.tiles, *common,
-                    *_shape(kind), kind.codec, kind.cautious,
+                    sum_steps, LENGTH, kind, self.groups, self.stats, sums, t.tiles, *common,
+                    *_shape(kind, LENGTH), kind.codec, kind.cautious,
                 )
                 for kind in kinds
             ]  # fmt: skip
             sweep += [
                 matrices(
-                    write_steps, kind, self.gains, *group, sums, t.tiles, *common, *_shape(kind),
+                    write_steps, WRITE, kind, self.gains, *group, sums, t.tiles, *common, *_shape(kind, WRITE),
                     kind.codec, kind.elements, kind.cautious, kind.gains, kind.rounds, kind.cautious_decay,
                 )
                 for kind in reversed(kinds)
@@ -280,18 +280,8 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _shape(kind: Kind) -> tuple[Any, ...]:
+def _shape(kind: Kind, work: Work) -> tuple[Any, ...]:
     """Returns the constants that every sweep ends with."""
-    return DTYPES[kind.dtype], kind.rows, kind.blocks, kind.block, kind.exact
-
-
-def group_constants(config: AutomagicConfig) -> list[float]:
-    """Returns the columns of a group's line that follow from its options, from `fields.BETA1` on."""
-    beta1, beta2, beta3 = config.betas
-    logs = [math.log(beta) if beta else -math.inf for beta in config.betas]
-    limit = math.floor(math.log(config.mask_band) / LOG_RATIO)
-    clear = 2 * math.sqrt((1 - beta1) / (1 + beta1))
-    return [
-        beta1, 1 - beta1, 1 - beta2, 1 - beta3, *logs, config.clip_threshold, config.eps[1], config.weight_decay,
-        clear, float(limit), float(config.sync_frequency),
-    ]  # fmt: skip
+    rows = max(1, work.elements // (kind.blocks * kind.block))
+    rows = kind.rows if is_interpreted() else min(kind.rows, rows)  # the interpreter is as quick with many
+    return DTYPES[kind.dtype], rows, kind.blocks, kind.block, kind.exact

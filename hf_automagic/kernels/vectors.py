@@ -11,7 +11,7 @@ import triton.language as tl
 
 from . import fields as f
 from .arithmetic import CODES_PER_OCTAVE, HIGHEST, LN2, OCTAVES_BELOW, exponent_of, mix, power_of_two, step_key
-from .tiles import sum_of, vector_at
+from .tiles import STAGES, bound, sum_of, vector_at
 
 RESIDUAL_FLOOR = tl.constexpr(2.0**-20)
 ALMOST = tl.constexpr(2.0**-10)
@@ -36,21 +36,17 @@ def _slice_of(slices, table):
 
 
 @triton.jit
-def _sum_parts(parts, plane, count, length, place, mask, PLANES: tl.constexpr, VS: tl.constexpr, TC: tl.constexpr):
-    """Adds up the partial sums of a slice's elements over all tiles, of one plane or of three at once  # 3 of [VS]"""
+def _sum_parts(parts, plane, count, length, place, mask, PLANES: tl.constexpr, VS: tl.constexpr):
+    """Adds up the partial sums of a slice's elements over all tiles, of one plane or of three  # 3 of [VS]"""
     one = tl.zeros([VS], tl.float32)
     two = tl.zeros([VS], tl.float32)
     three = tl.zeros([VS], tl.float32)
-    start = tl.zeros((), tl.int64)
-    while start < count:
-        tile = start + tl.arange(0, TC)
-        some = parts + tile[:, None] * length + place[None, :]
-        there = (tile < count)[:, None] & mask[None, :]
-        one += tl.sum(tl.load(some, mask=there, other=0.0), 0)
+    for tile in tl.range(0, bound(count), num_stages=STAGES):
+        some = parts + tile * length + place
+        one += tl.load(some, mask=mask, other=0.0)
         if PLANES == 3:
-            two += tl.sum(tl.load(some + plane, mask=there, other=0.0), 0)
-            three += tl.sum(tl.load(some + 2 * plane, mask=there, other=0.0), 0)
-        start += TC
+            two += tl.load(some + plane, mask=mask, other=0.0)
+            three += tl.load(some + 2 * plane, mask=mask, other=0.0)
     return one, two, three
 
 
@@ -78,9 +74,7 @@ def _read(line, number, work, place, mask):
 
 
 @triton.jit
-def average_squares(
-    slices, table, grads, groups, parts, slice_sums, work, finite, clip, VS: tl.constexpr, TC: tl.constexpr
-):
+def average_squares(slices, table, grads, groups, parts, slice_sums, work, finite, clip, VS: tl.constexpr):
     """After sweep 1: R and C, the averages of g^2 over rows and columns."""
     tensor, line, side, first, length, other, count, part = _slice_of(slices, table)
     steps = (tl.load(grads + tensor) != 0) & (tl.load(finite) != 0)  # what is written; nothing waits for it to read
@@ -89,7 +83,7 @@ def average_squares(
     mask = place < length
     factor = tl.load(clip)
     old = _read(line, side, work, place, mask)
-    total, _, _ = _sum_parts(parts + part, 0, count, length, place, mask, 1, VS, TC)
+    total, _, _ = _sum_parts(parts + part, 0, count, length, place, mask, 1, VS)
     seen = total / other.to(tl.float32) * (factor * factor)
     new = tl.where(mask, old + tl.load(group + f.WEIGHT2) * (seen - old), 0.0)
     tl.store(vector_at(tl.load(line + f.VECTORS + side), work) + place, new, mask=mask & steps)
@@ -99,7 +93,7 @@ def average_squares(
 @triton.jit
 def average_residuals(
     slices, table, grads, groups, parts, plane, sums, n_tiles, stats, slice_sums, work, finite,
-    VS: tl.constexpr, TC: tl.constexpr, MEASURES: tl.constexpr,
+    VS: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """After sweep 2: the clip s of the update, R' and C', the averages of (u - m')^2, and the pooled sums.
 
@@ -112,7 +106,7 @@ def average_residuals(
     place = first + tl.arange(0, VS)
     mask = place < length
     old = _read(line, 2 + side, work, place, mask)
-    uu, um, mm = _sum_parts(parts + part, plane, count, length, place, mask, 3, VS, TC)
+    uu, um, mm = _sum_parts(parts + part, plane, count, length, place, mask, 3, VS)
     tiles = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
     total = sum_of(mine + f.SUM_UPDATE * n_tiles, tiles, 256)
     mean_square = total / (length.to(tl.float32) * other.to(tl.float32))

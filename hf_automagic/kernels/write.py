@@ -16,7 +16,7 @@ from .arithmetic import (
     store_momentum,
 )
 from .sweeps import CENTRE, LOG_RATIO, confidence, voted
-from .tiles import column_factor, find_tile, row_factor, sum_of, typed, vector_at
+from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
 
 
 @triton.jit
@@ -90,8 +90,7 @@ def write_steps(
     calm = calm * reach
     weight = tl.load(group + f.WEIGHT1)
     changes = tl.zeros([BR, NB, BK], tl.float32)
-    start = first
-    while start < last:
+    for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
         here = row < last
         mask = here[:, None, None] & exists[None, :, :]
@@ -122,5 +121,4 @@ def write_steps(
             update = update * tl.exp(k * LOG_RATIO)
         store_momentum(new, codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
         changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
-        start += BR
     tl.store(mine + f.SUM_CHANGE * n_tiles + place, tl.sum(tl.sum(tl.sum(changes, 2), 1), 0))

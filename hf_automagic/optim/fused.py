@@ -157,7 +157,8 @@ class FusedStep:
     def _current_kernels(self, groups: Sequence[dict[str, Any]]) -> Any:
         """Returns the kernels with their tables, made anew where weights have moved since `tables_hold` was asked."""
         if self.kernels is None:
-            from ..kernels.triton_backend import CONSTANTS, TritonStep, group_constants
+            from ..kernels.table import CONSTANTS, group_constants
+            from ..kernels.triton_backend import TritonStep
 
             chosen = [self.buckets[number] for number in self.fused if self.buckets[number][1].layout.shape.numel()]
             first, self.places = 0, {}
