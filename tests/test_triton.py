@@ -179,6 +179,19 @@ def test_states_move_between_backends_in_the_middle_of_a_run():
 
 
 @runs_kernels
+def test_states_put_in_by_hand_are_those_of_the_next_step():
+    case, dtype = CASES[0], torch.float32
+    optimizers = [build(parameters(dtype, FEW), case, backend) for backend in ("eager", "triton")]
+    starts = [p.detach().clone() for group in optimizers[0].param_groups for p in group["params"]]
+    take(optimizers, case, range(1), dtype)
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state.update({name: value * 2 for name, value in state.items() if name.startswith("exp_avg_sq")})
+    take(optimizers, case, range(1, 2), dtype)
+    assert_alike(*optimizers, starts)
+
+
+@runs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_resumed_run_gives_the_same_bits(dtype):
     case = CASES[2]
