@@ -283,7 +283,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         another codec, block size or precision are converted in the next step. All other options come from the file.
 
         Raises:
-            ValueError: the file's groups or shapes do not fit, or it was written by a newer version.
+            ValueError: the file's groups, names or shapes do not fit, or it was written by a newer version. Where only
+                positions are known, because either side was built from bare parameters, shapes alone tell.
         """
         load_packed_state(self, super().load_state_dict, state_dict)
         self._plan = self._interrupted = None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import option_names, storage_option_names
 from .groups import parameter_names
+from .names import check_names
 
 
 class _Kept:
@@ -48,11 +49,11 @@ def load_packed_state(
         state_dict: as `pack_state` returned it.
 
     Raises:
-        ValueError: the groups do not fit, or the file was written by a newer version.
+        ValueError: the groups or the parameters' names do not fit, or the file was written by a newer version.
     """
     schema = optimizer.param_groups[0]["schema"] if optimizer.param_groups else 0
     own = [dict(group) for group in optimizer.param_groups]
-    before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _wrap(loaded, schema))
+    before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _wrap(loaded, schema, own))
     after = optimizer.register_load_state_dict_post_hook(lambda _: _unwrap(optimizer, own), prepend=True)
     try:
         torch_load(state_dict)
@@ -61,8 +62,8 @@ def load_packed_state(
         after.remove()
 
 
-def _wrap(state_dict: dict[str, Any], schema: int) -> dict[str, Any]:
-    """Checks who wrote a state_dict, and wraps its tensors for torch's loader."""
+def _wrap(state_dict: dict[str, Any], schema: int, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """Checks who wrote a state_dict and for which parameters, and wraps its tensors for torch's loader."""
     for group in state_dict["param_groups"]:
         saved = group.get("schema")
         if saved is None:
@@ -74,6 +75,7 @@ def _wrap(state_dict: dict[str, Any], schema: int) -> dict[str, Any]:
             raise ValueError(
                 f"this state_dict has schema {saved}, this version reads up to {schema}; upgrade hf_automagic"
             )
+    check_names(state_dict["param_groups"], own)
     return {**state_dict, "state": _map_tensors(state_dict["state"], _Kept)}
 
 
@@ -82,7 +84,7 @@ def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
     for group, before in zip(optimizer.param_groups, own, strict=True):
         # an option that the file's version did not have keeps the value that it has here
         kept = [name for name in option_names() if name in storage_option_names() or name not in group]
-        group |= {name: before[name] for name in kept}
+        group |= {name: before[name] for name in (*kept, "names", "param_names") if name in before}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     names = {id(p): name for p, name in zip(params, parameter_names(optimizer.param_groups), strict=True)}
     for param, state in optimizer.state.items():
