@@ -78,7 +78,13 @@ def test_another_number_of_layers_is_refused_with_the_first_that_differs(
         Automagic(param_groups(Stack(here))).load_state_dict(file)
 
 
-PREFIXES = ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.base_model.model.", "_fsdp_wrapped_module."]
+PREFIXES = [
+    "module.",
+    "_orig_mod.",
+    "base_model.model.",
+    "module._orig_mod.base_model.model.",
+    "_fsdp_wrapped_module.",
+]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

@@ -25,7 +25,7 @@ from .groups import (
     refuse_sparse,
     warn_of_high_start,
 )
-from .guard import check_gradients
+from .guard import check_gradients, check_rates
 from .losses import LossIntake
 from .memory import MemoryStats, measure_memory
 from .notices import tell_inert_options
@@ -130,6 +130,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         every = [p for group in self.param_groups for p in group["params"]]
         params = [(i, p) for i, p in enumerate(every) if p.grad is not None]
         if params:
+            check_rates(self.param_groups)
             self._apply_step(params, context_loss)
         return value
 

@@ -87,7 +87,13 @@ def _look_at_params(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Returns what decides about the sorting into buckets, cheap to take and to compare."""
     every = [p for group in groups for p in group["params"]]
     stepped = [p.requires_grad or p.grad is not None for p in every]
-    return [list(map(id, every)), stepped, [p.dtype for p in every], [p.device for p in every]]
+    return [
+        list(map(id, every)),
+        stepped,
+        [p.shape for p in every],
+        [p.dtype for p in every],
+        [p.device for p in every],
+    ]
 
 
 def _options(group: Mapping[str, Any]) -> list[Any]:
