@@ -1,4 +1,4 @@
-"""A checkpoint of another model is refused by name, whatever its shapes; what wrappers add to names is no other name."""
+"""A checkpoint of another model is refused by name, whatever its shapes; what wrappers add makes no other name."""
 
 import copy
 from collections.abc import Callable

@@ -183,7 +183,7 @@ def test_a_scheduler_that_goes_wild_is_stopped_before_the_weights(lr: float, sel
     params, optimizer = started(self_tuning=self_tuning)
     before = [p.detach().clone() for p in params]
     optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(ValueError, match="a param group's lr has become (nan|-?inf); nothing was stepped"):
+    with pytest.raises(ValueError, match=r"a param group's lr has become (nan|-?inf); nothing was stepped"):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
     optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["initial_lr"]

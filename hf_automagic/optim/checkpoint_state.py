@@ -11,7 +11,6 @@ from torch import Tensor
 from ..config import option_names, storage_option_names
 from .saved_state import check_form, check_saved
 
-
 OF_A_GROUP = ("role", "is_full_weight", "initial_lr")  # beside its options
 
 

@@ -42,8 +42,8 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
             shapes = ", ".join(f"{name} {list(t.shape)} of {t.dtype}" for name, t in sorted(found.items()))
             raise ValueError(
                 f"the saved {wanted.spec.name} of a parameter of shape {tuple(layout.shape)} has a form that no codec "
-                f"writes: {shapes}; resume with the model that was trained, register the codec that wrote it, or, of a "
-                "parameter that has been resized, take its entry out of optimizer.state"
+                f"writes: {shapes}; resume with the model that was trained, register the codec that wrote it, or, of "
+                "a parameter that has been resized, take its entry out of optimizer.state"
             )
         values = _read({name: whole(tensor) for name, tensor in found.items()}, form, layout)
         fields = {name: field[0] for name, field in wanted.encode(values).items()}

@@ -71,8 +71,8 @@ def _check_counters(group: Mapping[str, Any], states: Mapping[Any, Any]) -> None
     is_whole = isinstance(counters, Mapping) and all(isinstance(counters.get(name), Tensor) for name in COUNTERS)
     if (counters is not None or states) and not is_whole:
         raise ValueError(
-            f"the state_dict lacks the counters {', '.join(COUNTERS)} of its first group: it has been changed since it "
-            "was saved; load one as optimizer.state_dict() returned it"
+            f"the state_dict lacks the counters {', '.join(COUNTERS)} of its first group: it has been changed since "
+            "it was saved; load one as optimizer.state_dict() returned it"
         )
     if is_whole and counters is not None and not states and counters["applied"] > 0:
         raise ValueError(
