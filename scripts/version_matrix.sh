@@ -21,7 +21,7 @@ shared="torch==2.13.0 evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.
 tests="tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
   tests/test_stock_trainers.py tests/test_registry.py tests/test_callbacks.py tests/test_card.py tests/test_factory.py
   tests/test_loss_intake.py tests/test_schedules.py tests/test_peft_roles.py tests/test_peft_training.py tests/test_trl.py
-  tests/test_upstream_seams.py tests/test_doors.py"
+  tests/test_upstream_seams.py tests/test_doors.py tests/test_foreign_checkpoints.py"
 
 run_row() {
   local name="$1" version="$2" packages="$3" python
