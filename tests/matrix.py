@@ -27,7 +27,7 @@ CASES = {
     "T12": "keys in logs, trackers and files; one read of the device for a log",
     "T13": "DDP: ranks identical to the bit",
     "T14": "FSDP2: sharded states, uneven shards, other numbers of ranks",
-    "T15": "kill -9 in a save; truncated, missing, flipped, foreign and newer files: never silently fresh or another's",
+    "T15": "kill -9 in a save; truncated, missing, flipped, foreign and newer files: never silently fresh",
     "T16": "memory that runs out in the middle of a step, and the batch size that is found",
     "T17": "the same inputs give the same bits, whatever the seed of Python's hashes",
     "T18": "gradient checkpointing, compiled models, clipping, accumulation",
