@@ -106,9 +106,7 @@ def check_bounds(record: Any) -> None:
         if rule["low"] is None and rule["high"] is None:
             continue
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            _check_number(field.name, number, rule["low"], rule["high"])
-        if kinds[0] is int and not isinstance(value, (tuple, list)) and float(value) != int(value):
-            raise ValueError(f"{field.name} must be a whole number, got {value!r}")
+            _check_number(field.name, number, rule["low"], rule["high"], is_whole=hints[field.name] is int)
 
 
 @functools.cache
@@ -116,7 +114,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _check_number(name: str, number: Any, low: float | None, high: float | None) -> None:
+def _check_number(name: str, number: Any, low: float | None, high: float | None, is_whole: bool) -> None:
     """Checks one number; only a bound that is declared as infinite lets infinity pass."""
     if isinstance(number, bool) or not hasattr(number, "__float__"):
         raise TypeError(f"{name} must be a number, got {number!r}")
@@ -125,6 +123,8 @@ def _check_number(name: str, number: Any, low: float | None, high: float | None)
         raise ValueError(f"{name} must be between {lowest:g} and {highest:g}, got {number!r}")
     if high is None and math.isinf(float(number)):
         raise ValueError(f"{name} must be finite, got {number!r}")
+    if is_whole and not float(number).is_integer():
+        raise ValueError(f"{name} must be a whole number, got {number!r}")
 
 
 def describe_options(cls: type) -> str:

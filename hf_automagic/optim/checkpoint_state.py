@@ -3,6 +3,7 @@
 What one version saved loads in every later one; `automagic.SCHEMA` says when that takes a conversion.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from ..config import option_names, storage_option_names
 from .saved_state import check_form, check_saved
+
+logger = logging.getLogger(__name__)
 
 OF_A_GROUP = ("role", "is_full_weight", "initial_lr")  # beside its options
 
@@ -72,6 +75,7 @@ def _wrap(state_dict: dict[str, Any], schema: int, own: list[dict[str, Any]]) ->
 def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
     """Puts the tensors as they were into what torch loaded, and what the file does not decide."""
     for group, before in zip(optimizer.param_groups, own, strict=True):
+        _tell_changed_options(group, before)
         # an option that the file's version did not have keeps the value that it has here
         kept = [name for name in (*option_names(), *OF_A_GROUP) if name in storage_option_names() or name not in group]
         group |= {name: before[name] for name in (*kept, "names", "param_names") if name in before}
@@ -79,3 +83,21 @@ def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
         for name, kept in state.items():
             if isinstance(kept, _Kept):
                 state[name] = kept.tensor.detach().to(param.device, copy=True)
+
+
+def _tell_changed_options(group: dict[str, Any], before: dict[str, Any]) -> None:
+    """Says which options of the file win over others that this optimizer was built with."""
+    decided = [name for name in option_names() if name not in (*storage_option_names(), "lr") and name in group]
+    changed = [f"{name} {group[name]} and not {before[name]}" for name in decided if not _equal(group, before, name)]
+    if changed:
+        logger.warning(
+            "a group of %s goes on with the checkpoint's options: %s; set them in optimizer.param_groups after "
+            "loading to have yours",
+            group.get("role"),
+            ", ".join(changed),
+        )
+
+
+def _equal(group: dict[str, Any], before: dict[str, Any], name: str) -> bool:
+    theirs, ours = (tuple(value) if isinstance(value, list) else value for value in (group[name], before[name]))
+    return theirs == ours
