@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
@@ -80,12 +81,13 @@ def _spelling(kind: Any) -> str:
 
 
 def check_bounds(record: Any) -> None:
-    """Raises for the first option of a dataclass instance that lies outside its declared bounds.
+    """Raises for the first option of a dataclass instance that is of another kind or outside its declared bounds.
 
     Raises:
         TypeError: a value has the wrong type.
         ValueError: a value lies outside its bounds or choices.
     """
+    hints = _hints(type(record))
     for field in dataclasses.fields(record):
         value, rule = getattr(record, field.name), field.metadata
         if rule["choices"] is not None and value not in rule["choices"]:
@@ -94,18 +96,35 @@ def check_bounds(record: Any) -> None:
             raise ValueError(
                 f"{field.name} must be one of {', '.join(map(str, rule['choices']))}, got {value!r}{hint}"
             )
-        if value is None or (rule["low"] is None and rule["high"] is None):
+        kinds = get_args(hints[field.name]) or (hints[field.name],)
+        if value is None and type(None) in kinds:
+            continue
+        if bool in kinds and not isinstance(value, bool):
+            raise TypeError(f"{field.name} must be True or False, got {value!r}")
+        if str in kinds and not isinstance(value, str):
+            raise TypeError(f"{field.name} must be a name, got {value!r}")
+        if rule["low"] is None and rule["high"] is None:
             continue
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            _check_number(field.name, number, rule["low"], rule["high"])
+            _check_number(field.name, number, rule["low"], rule["high"], is_whole=hints[field.name] is int)
 
 
-def _check_number(name: str, number: Any, low: float | None, high: float | None) -> None:
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _check_number(name: str, number: Any, low: float | None, high: float | None, is_whole: bool) -> None:
+    """Checks one number; only a bound that is declared as infinite lets infinity pass."""
     if isinstance(number, bool) or not hasattr(number, "__float__"):
         raise TypeError(f"{name} must be a number, got {number!r}")
-    low, high = -math.inf if low is None else low, math.inf if high is None else high
-    if not low <= float(number) <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {number!r}")
+    lowest, highest = -math.inf if low is None else low, math.inf if high is None else high
+    if not lowest <= float(number) <= highest:
+        raise ValueError(f"{name} must be between {lowest:g} and {highest:g}, got {number!r}")
+    if high is None and math.isinf(float(number)):
+        raise ValueError(f"{name} must be finite, got {number!r}")
+    if is_whole and not float(number).is_integer():
+        raise ValueError(f"{name} must be a whole number, got {number!r}")
 
 
 def describe_options(cls: type) -> str:

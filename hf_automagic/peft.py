@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from .optim.attach import READERS
+from .optim.names import display_name
 from .optim.roles import Role
 from .options import unknown_name_error
 from .peft_layers import LORA_FACTORS, MAGNITUDE, NamedRole, claim_parameters
 
-__all__ = ["NamedRole", "display_name", "find_parameters", "group_by_name", "param_groups"]
+__all__ = ["NamedRole", "find_parameters", "group_by_name", "param_groups"]
 
 ROLE_OF_PART = {**LORA_FACTORS, MAGNITUDE: Role.MAGNITUDE, "lora_E": Role.ADAPTER, "modules_to_save": Role.NEW}
-WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def param_groups(
@@ -84,11 +84,6 @@ def group_by_name(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: fl
 
 
 READERS |= {"model": param_groups, "names": group_by_name}
-
-
-def display_name(name: str) -> str:
-    """Strips what torch.compile, FSDP, activation checkpointing and DDP add to a parameter's name."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS).removeprefix("module.")
 
 
 def _groups(found: Iterable[NamedRole], weight_decay: float) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ folder="${MATRIX_DIR:-$root/.cache/matrix}"
 # row | Python | what stands beside torch 2.13
 rows="
 oldest   | 3.10 | transformers==4.56.2 peft==0.17.1 accelerate==1.10.1 datasets==4.0.0 trl==0.24.0
+last4    | 3.11 | transformers==4.57.6 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0 trl==0.26.2
 first5   | 3.12 | transformers==5.0.0 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0
 newest   | 3.11 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
 newest13 | 3.13 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
@@ -20,7 +21,7 @@ shared="torch==2.13.0 evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.
 tests="tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
   tests/test_stock_trainers.py tests/test_registry.py tests/test_callbacks.py tests/test_card.py tests/test_factory.py
   tests/test_loss_intake.py tests/test_schedules.py tests/test_peft_roles.py tests/test_peft_training.py tests/test_trl.py
-  tests/test_upstream_seams.py tests/test_doors.py"
+  tests/test_upstream_seams.py tests/test_doors.py tests/test_foreign_checkpoints.py"
 
 run_row() {
   local name="$1" version="$2" packages="$3" python
@@ -49,7 +50,7 @@ run_row() {
 }
 
 mkdir -p "$folder"
-wanted=" ${*:-oldest first5 newest newest13} " failed=0
+wanted=" ${*:-oldest last4 first5 newest newest13} " failed=0
 while IFS='|' read -r name version packages; do
   read -r name <<<"$name" && read -r version <<<"$version" && read -r packages <<<"$packages"
   if [ -n "$name" ] && [[ "$wanted" == *" $name "* ]]; then

@@ -2,9 +2,9 @@
 
 import os
 import random
+from importlib.util import find_spec
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
@@ -24,9 +24,14 @@ os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
 
 torch.set_num_threads(1)
 
-hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)
-hypothesis.settings.register_profile("thorough", max_examples=10_000, database=None, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("suite")
+if find_spec("hypothesis"):  # the tests that run on GPUs do without it
+    import hypothesis
+
+    hypothesis.settings.register_profile("suite", derandomize=True, database=None, deadline=None)
+    hypothesis.settings.register_profile(
+        "thorough", max_examples=10_000, database=None, deadline=None, print_blob=True
+    )
+    hypothesis.settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,14 +29,14 @@ CASES = {
     "T14": "FSDP2: sharded states, uneven shards, other numbers of ranks",
     "T15": "kill -9 in a save; truncated, missing, flipped, foreign and newer files: never silently fresh",
     "T16": "memory that runs out in the middle of a step, and the batch size that is found",
-    "T17": "the same inputs give the same bits",
+    "T17": "the same inputs give the same bits, whatever the seed of Python's hashes",
     "T18": "gradient checkpointing, compiled models, clipping, accumulation",
     "T19": "bytes of state are those that were predicted",
     "T20": "properties of every codec, and of every configuration",
     "T21": "equal to the slow reference, to AdamW and to the published CAME",
     "T22": "the card's section, pushes to the Hub, nothing private in them",
     "T23": "registration: every place where the string works, pickles, unknown names",
-    "T24": "older and newer transformers",
+    "T24": "older and newer transformers: every release from 4.56 on at which something changed",
     "T25": "convergence, and long runs without drift",
 }
 

@@ -131,6 +131,20 @@ def test_storage_is_what_the_constructor_asked_for_and_tuning_what_the_file_hold
     assert (group["max_lr"], group["lr_speed"]) == (7e-4, 0.2)
 
 
+def test_options_of_the_file_that_win_over_others_are_said(caplog: pytest.LogCaptureFixture):
+    """As where a run is resumed under another optimizer's name."""
+    writer, params = started("softsign", max_lr=7e-4)
+    run(writer, params, range(2))
+    with caplog.at_level(logging.WARNING, "hf_automagic"):
+        started("affine", max_lr=7e-4, backend="eager")[0].load_state_dict(saved(writer))
+        assert not caplog.records
+        started("softsign", self_tuning=False, betas=(0.9, 0.99, 0.999), max_lr=7e-4)[0].load_state_dict(saved(writer))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a group of adapter goes on with the checkpoint's options: self_tuning True and not False, betas (0.8, 0.99, "
+        "0.999) and not (0.9, 0.99, 0.999); set them in optimizer.param_groups after loading to have yours"
+    ]
+
+
 def test_a_file_without_an_option_of_today_loads():
     writer, params = started("softsign")
     run(writer, params, range(2))

@@ -1,5 +1,9 @@
 """DDP: ranks that see other data take the same steps, to the bit."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ from hf_automagic import Automagic
 from tests.ranks import Ranks
 from tests.sharded_runs import report
 
+ROOT = Path(__file__).resolve().parents[1]
 EVERYTHING = {
     "context": True,
     "cautious": True,
@@ -63,11 +68,12 @@ def train(device: str) -> dict[str, Any]:
         (loss * (torch.nan if (step, rank) == (NAN_AT, 1) else 1.0)).backward()
         losses.append(float(loss))
         optimizer.step(loss=None if step >= SILENT_FROM and rank == 1 else loss)
-    return report(model, optimizer) | {"losses": losses, "history": optimizer.c_optim.history().losses}
+    told = {"losses": losses, "history": optimizer.c_optim.history().losses, "backends": optimizer.backends()}
+    return report(model, optimizer) | told
 
 
-def agree(device: str, backend: str) -> None:
-    """Checks that two ranks are one optimizer."""
+def agree(device: str, backend: str) -> dict[str, Any]:
+    """Checks that two ranks are one optimizer; returns what the first told."""
     ranks = Ranks(2, backend)
     try:
         first, second = ranks.run(train, device)
@@ -89,6 +95,7 @@ def agree(device: str, backend: str) -> None:
     expected = both[:SILENT_FROM] + first["losses"][SILENT_FROM:]
     del expected[NAN_AT]
     assert first["history"] == pytest.approx(expected, rel=1e-5)
+    return first
 
 
 @pytest.mark.matrix("T13")
@@ -99,5 +106,23 @@ def test_two_ranks_stay_identical_to_the_bit():
 @pytest.mark.gpu
 @pytest.mark.matrix("T13")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_stay_identical_to_the_bit():
-    agree("cuda", "nccl")
+def test_two_gpus_stay_identical_to_the_bit_in_the_fused_kernels():
+    assert agree("cuda", "nccl")["backends"] == {("triton", ""): 4}
+
+
+@pytest.mark.gpu
+@pytest.mark.matrix("T13")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_accelerate_launches_two_processes_that_end_with_the_same_weights():
+    """The recipe compares the weights of all processes itself, and fails where the loss did not fall."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    recipe = str(ROOT / "scripts" / "recipes" / "two_processes.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *plain, recipe], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 processes: loss" in done.stdout

@@ -8,6 +8,11 @@ def test_the_readme_shows_the_marks_as_they_are():
     assert text == with_table(text), "run `python tests/matrix.py`"
 
 
+def test_every_row_has_a_test_that_runs_everywhere():
+    found = [mark for path in TESTS.glob("test_*.py") for mark in marks(path)]
+    assert {row for mark in found for row in mark.rows if not mark.limits} == set(CASES)
+
+
 def test_every_mark_names_a_row():
     named = {row for path in TESTS.glob("test_*.py") for mark in marks(path) for row in mark.rows}
     assert named <= set(CASES)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_automagic.peft import display_name, find_parameters, group_by_name, param_groups
+from hf_automagic.optim.names import display_name
+from hf_automagic.peft import find_parameters, group_by_name, param_groups
 from tests.peft_cases import IGNORE_OLD_NAME, TUNERS, adapt, peft, tiny_llama, tuner_named
 
 pytestmark = IGNORE_OLD_NAME

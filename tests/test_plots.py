@@ -1,11 +1,13 @@
 """Claims about plots: a run's files become legible PNGs, of what there is and of nothing else."""
 
+import signal
 import sys
 
 import pytest
 
 from hf_automagic.reporting.plots import PALETTES, draw_plots
 from hf_automagic.reporting.stats import RunRecord
+from tests.processes import run_python
 
 matplotlib = pytest.importorskip("matplotlib")
 image = pytest.importorskip("PIL.Image")
@@ -69,14 +71,14 @@ def test_plots_are_wide_enough_small_enough_and_on_their_own_paper(tmp_path):
             assert file.stat().st_size <= 200_000
 
 
-def test_a_schedule_that_ends_at_zero_does_not_squeeze_the_rates(monkeypatch):
+def test_a_schedule_that_ends_at_zero_does_not_squeeze_the_rates(monkeypatch, tmp_path):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     drawn: list[Axes] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.extend(figure.axes))
     ends = [{"step": 40, "optim/lr_A": 1e-13, "optim/lr_full": 1e-14, "learning_rate": 1e-15}]
-    draw_plots(RunRecord(CONFIG, rows() + ends, []), ".")
+    draw_plots(RunRecord(CONFIG, rows() + ends, []), tmp_path)
     lower, upper = drawn[0].get_ylim()
     assert 0.5e-8 <= lower <= 1e-8
     assert upper >= 1e-3
@@ -104,6 +106,54 @@ def luminance(colour: str) -> float:
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in rgb(colour))
     ]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from matplotlib.figure import Figure
+from hf_automagic.reporting.plots import draw_plots
+from tests.test_plots import CASES
+draw = Figure.savefig
+
+def half(figure, target, **options):
+    draw(figure, target, **options)
+    with open(target, "r+b") if isinstance(target, (str, Path)) else target as file:
+        file.truncate(1000)
+        file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Figure.savefig = half
+draw_plots(CASES["pairs"][0], sys.argv[1])
+"""
+
+
+def test_killed_in_the_middle_of_a_plot_the_old_one_is_whole(tmp_path):
+    record, names = CASES["pairs"]
+    draw_plots(record, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.png")}
+    killed = run_python(f"import sys\n{KILLED}", tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert (tmp_path / f"_{names[0]}.png.part").stat().st_size == 1000
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.png")} == before
+    draw_plots(record, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(before)
+
+
+def test_a_plot_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    record, names = CASES["pairs"]
+    draw_plots(record, tmp_path)
+    before = (tmp_path / f"{names[0]}.png").read_bytes()
+
+    def fail(figure, target, **options):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="no space"):
+        draw_plots(record, tmp_path)
+    assert (tmp_path / f"{names[0]}.png").read_bytes() == before
 
 
 def test_the_users_own_style_stays(tmp_path):

@@ -50,12 +50,14 @@ def missing(seam: Seam) -> str:
     return ""
 
 
+@pytest.mark.matrix("T24")
 @pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: f"{seam.module}.{seam.name}")
 def test_a_name_that_we_rest_on_is_there(seam):
     pytest.importorskip(seam.module.partition(".")[0])
     assert not missing(seam), missing(seam)
 
 
+@pytest.mark.matrix("T24")
 @pytest.mark.parametrize("gone", [("transformers.trainer", "Trainer.gone"), ("transformers.gone", "it")])
 def test_a_name_that_is_gone_is_told_with_the_version_and_our_file(gone):
     version = importlib.metadata.version("transformers")

@@ -42,13 +42,15 @@ class AutomagicConfig(StorageOptions, SpatialOptions, PairOptions, ContextOption
 
     def __post_init__(self) -> None:
         """Checks every bound and the relations between options."""
+        for name in ("betas", "eps", "momentum_scales", "spatial_axes"):
+            value = getattr(self, name)
+            if not isinstance(value, (tuple, list)):
+                raise TypeError(f"{name} must be a tuple of numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
         for name in ("betas", "eps"):
             value = getattr(self, name)
-            object.__setattr__(self, name, tuple(value))
             if len(value) != 3:
                 raise ValueError(f"{name} must hold three numbers, got {value!r}")
-        for name in ("momentum_scales", "spatial_axes"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_bounds(self)
         self._check_whole_numbers("momentum_scales")
         self._check_whole_numbers("spatial_axes")

@@ -1,6 +1,7 @@
 """Options of every step: the rate, the moments, the decay and how weights are written."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from ..options import option
@@ -96,7 +97,10 @@ class StepOptions:
         low=1e-30,  # 0 divides zero by zero where a gradient is zero
     )
     clip_threshold: float = option(
-        1.0, "The normalised gradient of a matrix is scaled down to this RMS (Adafactor, arXiv 1804.04235).", low=1e-3
+        1.0,
+        "The normalised gradient of a matrix is scaled down to this RMS (Adafactor, arXiv 1804.04235).",
+        low=1e-3,
+        high=math.inf,
     )
     momentum_scales: tuple[int, ...] = option(
         (),
@@ -151,4 +155,5 @@ class StepOptions:
         None,
         "Clips the gradients of all parameters to this total L2 norm inside the step; the trainer's must be off.",
         low=1e-9,
+        high=math.inf,
     )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import FLOAT_MAX, one_minus_power, round_even, step_key
+from .arithmetic import LARGEST_GRADIENT, one_minus_power, round_even, step_key
 from .sweeps import CENTRE, LOG_RATIO, voted
 from .tiles import TINY_MEAN_SQUARE
 from .write import shrink_and_store
@@ -30,7 +30,7 @@ def check_plain(tensors, table, grads, sums, control, DTYPE: tl.constexpr, SIZE:
         place = start + tl.arange(0, SIZE)
         g = tl.load(grad + place, mask=place < numel, other=0.0).to(tl.float32)
         total += g * g
-        bad = tl.where(tl.abs(g) <= FLOAT_MAX, bad, 1.0)
+        bad = tl.where(tl.abs(g) <= LARGEST_GRADIENT, bad, 1.0)
         start += SIZE
     tl.store(sums + tl.load(line + f.FIRST_TILE), tl.sum(total, 0))
     if tl.sum(bad, 0) > 0:

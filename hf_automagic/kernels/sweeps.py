@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import fields as f
 from .arithmetic import (
-    FLOAT_MAX,
+    LARGEST_GRADIENT,
     load_momentum,
     one_minus_power,
     sum_three,
@@ -50,13 +50,13 @@ def sum_squares(
     tl.store(parts + tl.load(line + f.COL_PARTS) + row_tile * cols + col, total, mask=exists)
     whole = tl.sum(tl.sum(total, 1), 0)
     tl.store(sums + tl.load(line + f.FIRST_TILE) + place, whole)
-    if not (whole <= FLOAT_MAX):  # an overflow of squares, or really a bad element
+    if not (whole <= LARGEST_GRADIENT * LARGEST_GRADIENT):  # many large elements, or really a bad one
         bad = tl.zeros([BR, NB, BK], tl.float32)
         for start in tl.range(bound(first), bound(last), BR):
             row = start + tl.arange(0, BR)
             mask = (row < last)[:, None, None] & exists[None, :, :]
             g = tl.load(grad + row[:, None, None] * cols + col[None, :, :], mask=mask, other=0.0).to(tl.float32)
-            bad = tl.where(tl.abs(g) <= FLOAT_MAX, bad, 1.0)
+            bad = tl.where(tl.abs(g) <= LARGEST_GRADIENT, bad, 1.0)
         if tl.sum(tl.sum(tl.sum(bad, 2), 1), 0) > 0:
             tl.atomic_min(control + f.OFFENDER, tl.load(line + f.KEY))
 

@@ -21,9 +21,17 @@ PER_PARAMETER = (*ALIGNED, "param_names", "block_sizes")  # lists of a group wit
 
 
 def read_names(params: Any, weight_decay: float) -> Any:
-    """Sorts (name, parameter) pairs into groups by role, with pairs; anything else is returned as it is."""
+    """Sorts (name, parameter) pairs into groups by role, with pairs; anything else is returned as it is.
+
+    Raises:
+        TypeError: the parameters come as a set, whose order changes between runs.
+    """
     if isinstance(params, Tensor):
         return params
+    if isinstance(params, set | frozenset):
+        raise TypeError(
+            "parameters came as a set, whose order changes between runs, so that no checkpoint would fit; pass a list"
+        )
     params = list(params)
     is_named = bool(params) and all(isinstance(entry, tuple) for entry in params)
     return READERS["names"](params, weight_decay=weight_decay) if is_named else params

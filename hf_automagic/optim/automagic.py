@@ -25,7 +25,7 @@ from .groups import (
     refuse_sparse,
     warn_of_high_start,
 )
-from .guard import check_gradients
+from .guard import check_gradients, check_rates
 from .losses import LossIntake
 from .memory import MemoryStats, measure_memory
 from .notices import tell_inert_options
@@ -127,10 +127,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             with torch.enable_grad():
                 value = closure()
         context_loss = self._take_loss(value, loss)
-        grads = [p.grad for group in self.param_groups for p in group["params"]]
-        present = [grad for grad in grads if grad is not None]
-        if present:
-            self._apply_step(grads, present, context_loss)
+        self._apply_step([p.grad for group in self.param_groups for p in group["params"]], context_loss)
         return value
 
     def observe_loss(self, loss: Tensor | float, *, is_share: bool = False) -> None:
@@ -155,8 +152,12 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         is_trial = all(not isinstance(group["lr"], Tensor) and group["lr"] == 0 for group in self.param_groups)
         return self.loss_intake.take(shared_device(self.param_groups), may_lack=is_trial)
 
-    def _apply_step(self, grads: list[Tensor | None], present: list[Tensor], loss: Tensor | None) -> None:
+    def _apply_step(self, grads: list[Tensor | None], loss: Tensor | None) -> None:
         """Takes a step, or what an interrupted call left of it."""
+        present = [grad for grad in grads if grad is not None]
+        if not present:
+            return
+        check_rates(self.param_groups)
         opened = self._reopen(present) or OpenStep(loss)
         try:
             if opened.plan is None or not opened.is_looked_at:
@@ -284,7 +285,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         another codec, block size or precision are converted in the next step. All other options come from the file.
 
         Raises:
-            ValueError: the file's groups or shapes do not fit, or it was written by a newer version.
+            ValueError: the file's groups, names or shapes do not fit, or it was written by a newer version. Where only
+                positions are known, because either side was built from bare parameters, shapes alone tell.
         """
         load_packed_state(self, super().load_state_dict, state_dict)
         self._plan = self._interrupted = None

@@ -3,14 +3,18 @@
 What one version saved loads in every later one; `automagic.SCHEMA` says when that takes a conversion.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..config import option_names, storage_option_names
-from .groups import parameter_names
+from .saved_state import check_form, check_saved
+
+logger = logging.getLogger(__name__)
+
+OF_A_GROUP = ("role", "is_full_weight", "initial_lr")  # beside its options
 
 
 class _Kept:
@@ -48,11 +52,12 @@ def load_packed_state(
         state_dict: as `pack_state` returned it.
 
     Raises:
-        ValueError: the groups do not fit, or the file was written by a newer version.
+        ValueError: it is not ours, not this model's, or damaged; nothing has been loaded then.
     """
+    check_form(state_dict)
     schema = optimizer.param_groups[0]["schema"] if optimizer.param_groups else 0
     own = [dict(group) for group in optimizer.param_groups]
-    before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _wrap(loaded, schema))
+    before = optimizer.register_load_state_dict_pre_hook(lambda _, loaded: _wrap(loaded, schema, own))
     after = optimizer.register_load_state_dict_post_hook(lambda _: _unwrap(optimizer, own), prepend=True)
     try:
         torch_load(state_dict)
@@ -61,43 +66,38 @@ def load_packed_state(
         after.remove()
 
 
-def _wrap(state_dict: dict[str, Any], schema: int) -> dict[str, Any]:
-    """Checks who wrote a state_dict, and wraps its tensors for torch's loader."""
-    for group in state_dict["param_groups"]:
-        saved = group.get("schema")
-        if saved is None:
-            raise ValueError(
-                "this state_dict was not written by hf_automagic; start the optimizer fresh, or resume with "
-                "the optimizer that wrote it"
-            )
-        if saved > schema:
-            raise ValueError(
-                f"this state_dict has schema {saved}, this version reads up to {schema}; upgrade hf_automagic"
-            )
+def _wrap(state_dict: dict[str, Any], schema: int, own: list[dict[str, Any]]) -> dict[str, Any]:
+    """Checks a state_dict, and wraps its tensors for torch's loader."""
+    check_saved(state_dict, own, schema)
     return {**state_dict, "state": _map_tensors(state_dict["state"], _Kept)}
 
 
 def _unwrap(optimizer: Any, own: list[dict[str, Any]]) -> None:
-    """Puts the tensors as they were into what torch loaded, and the options that the file does not decide."""
+    """Puts the tensors as they were into what torch loaded, and what the file does not decide."""
     for group, before in zip(optimizer.param_groups, own, strict=True):
+        _tell_changed_options(group, before)
         # an option that the file's version did not have keeps the value that it has here
-        kept = [name for name in option_names() if name in storage_option_names() or name not in group]
-        group |= {name: before[name] for name in kept}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {id(p): name for p, name in zip(params, parameter_names(optimizer.param_groups), strict=True)}
+        kept = [name for name in (*option_names(), *OF_A_GROUP) if name in storage_option_names() or name not in group]
+        group |= {name: before[name] for name in (*kept, "names", "param_names") if name in before}
     for param, state in optimizer.state.items():
         for name, kept in state.items():
             if isinstance(kept, _Kept):
-                _check_shape(names.get(id(param), "a parameter"), name, kept.tensor, param)
                 state[name] = kept.tensor.detach().to(param.device, copy=True)
 
 
-def _check_shape(owner: str, name: str, saved: Tensor, param: Tensor) -> None:
-    """Raises where a state as large as its parameter belongs to a parameter of another shape."""
-    rows = param.shape[0] if param.ndim else 1
-    is_vector = saved.ndim < 2 or (saved.dtype == torch.uint8 and saved.shape[1:] == (2,))  # 16-bit codes are bytes
-    if not is_vector and (saved.shape[0] != rows or (saved.ndim == param.ndim > 2 and saved.shape != param.shape)):
-        raise ValueError(
-            f"the saved {name} of {owner} has shape {tuple(saved.shape)}, the parameter {tuple(param.shape)}: it "
-            "belongs to another model; resume with the model that was trained, in the same order of parameters"
+def _tell_changed_options(group: dict[str, Any], before: dict[str, Any]) -> None:
+    """Says which options of the file win over others that this optimizer was built with."""
+    decided = [name for name in option_names() if name not in (*storage_option_names(), "lr") and name in group]
+    changed = [f"{name} {group[name]} and not {before[name]}" for name in decided if not _equal(group, before, name)]
+    if changed:
+        logger.warning(
+            "a group of %s goes on with the checkpoint's options: %s; set them in optimizer.param_groups after "
+            "loading to have yours",
+            group.get("role"),
+            ", ".join(changed),
         )
+
+
+def _equal(group: dict[str, Any], before: dict[str, Any], name: str) -> bool:
+    theirs, ours = (tuple(value) if isinstance(value, list) else value for value in (group[name], before[name]))
+    return theirs == ours

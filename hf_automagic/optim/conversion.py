@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization import CODECS, Log16, QuantizationStrategy, WithFeedback, make_codec
+from ..quantization import CODECS, Codec, Log16, QuantizationStrategy, WithFeedback, make_codec
 from ..quantization.blocks import block_sizes, errors_by_block, largest_fitting
 from ..transforms.core import StateSpec
 from .distributed import whole
@@ -39,10 +39,11 @@ def convert_entry(state: dict[str, Tensor], stored: tuple[StoredState, ...], lay
             continue
         form = next((form for form in forms if _fits(found, form, layout)), None)
         if form is None:
-            shapes = {name: tuple(tensor.shape) for name, tensor in sorted(found.items())}
+            shapes = ", ".join(f"{name} {list(t.shape)} of {t.dtype}" for name, t in sorted(found.items()))
             raise ValueError(
                 f"the saved {wanted.spec.name} of a parameter of shape {tuple(layout.shape)} has a form that no codec "
-                f"writes: {shapes}; resume with the model that was trained, and register the codec that wrote it"
+                f"writes: {shapes}; resume with the model that was trained, register the codec that wrote it, or, of "
+                "a parameter that has been resized, take its entry out of optimizer.state"
             )
         values = _read({name: whole(tensor) for name, tensor in found.items()}, form, layout)
         fields = {name: field[0] for name, field in wanted.encode(values).items()}
@@ -69,9 +70,14 @@ def _forms(spec: StateSpec) -> Iterator[StoredState]:
 def _fits(found: dict[str, Tensor], form: StoredState, layout: Layout) -> bool:
     fields = form.fields(layout.rows, layout.cols)
     return fields.keys() == found.keys() and all(
-        tuple(found[name].shape) in (shape, layout.seen(shape)) and (form.codec is None or found[name].dtype == dtype)
+        tuple(found[name].shape) in (shape, layout.seen(shape)) and _holds(found[name].dtype, dtype, form.codec)
         for name, (shape, dtype) in fields.items()
     )
+
+
+def _holds(found: torch.dtype, dtype: torch.dtype, codec: Codec | None) -> bool:
+    """Whether a tensor's dtype is that of a form; a plain state may have been cast to another floating one."""
+    return found == dtype or (codec is None and found.is_floating_point == dtype.is_floating_point)
 
 
 def _read(found: dict[str, Tensor], form: StoredState, layout: Layout) -> Tensor:

@@ -6,6 +6,8 @@ Under DDP every rank sees the same averaged gradients and takes the same step; o
 
 import dataclasses
 import functools
+import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from .groups import is_stepped, parameter_names
 
+logger = logging.getLogger(__name__)
+
+ZERO = "deepspeed.runtime.zero"
 PER_PARAMETER_TELLS = ("pairs", "param_names", "names")  # as long as the group, unless somebody made it flat
 
 
@@ -144,6 +149,8 @@ def _shares(are_cut: tuple[bool, ...], size: int, device: torch.device) -> Tenso
 def refuse_flat_shards(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises where parameters have been made into flat pieces without rows, by FSDP1 or by DeepSpeed ZeRO.
 
+    Of DeepSpeed's pieces of bare parameters, about which nothing was known, it is said how they are stepped.
+
     Raises:
         ValueError: with who did it and the remedy.
     """
@@ -163,4 +170,9 @@ def refuse_flat_shards(groups: Sequence[Mapping[str, Any]]) -> None:
         raise ValueError(
             f"{parameter_names(groups)[marked[0]]} is a flat piece of FSDP1, which has no rows to factor or to "
             'quantise; use FSDP2: fully_shard(model), or fsdp_config={"version": 2} of TrainingArguments'
+        )
+    if ZERO in sys.modules and params and all(len(g["params"]) == 1 and g["params"][0].ndim == 1 for g in groups):
+        logger.warning(
+            "the parameters are flat pieces, as DeepSpeed ZeRO makes them: they step as vectors, without factors, "
+            "8 bits and roles, in 8 bytes an element; FSDP2 and DDP keep all that"
         )

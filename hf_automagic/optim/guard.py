@@ -2,12 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import RankSums, local
+
+# Squares of larger ones could overflow float32 where they are added up, and stay in the second moment for good: such a
+# gradient counts as non-finite. 3e10 elements of this size still add up.
+LARGEST_GRADIENT = 1e14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +21,7 @@ class GradientCheck:
     """What the first look at all gradients found, on the device of the first of them.
 
     Args:
-        finite: whether every element is  # [], bool
+        finite: whether every element is, and is no larger than `LARGEST_GRADIENT`  # [], bool
         offender: position of the first parameter with a non-finite element, -1 without one  # [], int64
         clip: factor that brings the gradients to `max_grad_norm`, None without that option  # []
         norm: total norm of the gradients, None without that option  # []
@@ -25,6 +31,18 @@ class GradientCheck:
     offender: Tensor
     clip: Tensor | None
     norm: Tensor | None = None
+
+
+def check_rates(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises where a scheduler, or a file, has made a group's rate something that would spoil every weight.
+
+    Raises:
+        ValueError: a rate is not finite. One in a tensor is not looked at: that would read the device.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if isinstance(lr, float) and not math.isfinite(lr):
+            raise ValueError(f"a param group's lr has become {lr}; nothing was stepped: check the scheduler")
 
 
 def check_gradients(
@@ -39,7 +57,7 @@ def check_gradients(
         ranks: adds up over the ranks that hold the gradients' rows, None for plain tensors.
     """
     here = grads if ranks is None else [local(grad) for grad in grads]
-    bad = ~_largest(here).isfinite()
+    bad = ~(_largest(here) <= LARGEST_GRADIENT)  # true of NaN, too
     norms = None if max_grad_norm is None else _norms(here, 2.0)
     if ranks is not None:
         bad, norms = ranks.add_checks(grads, bad, norms)

@@ -97,18 +97,18 @@ class Plan:
         ]
 
 
-def _members(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[bool]]:
-    """Returns which parameters there are, and which of them step; cheap to take and to compare."""
+def _members(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[bool]]:
+    """Returns which parameters there are, how large, and which of them step; cheap to take and to compare."""
     every = [p for group in groups for p in group["params"]]
     stepped = list(map(operator.attrgetter("requires_grad"), every))
     if not all(stepped):
         stepped = [is_stepped(p) for p in every]
-    return list(map(id, every)), stepped
+    return list(map(id, every)), list(map(Tensor.numel, every)), stepped
 
 
-def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[tuple[torch.dtype, torch.device]]:
+def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Returns what decides about the sorting into buckets."""
-    return [(p.dtype, p.device) for group in groups for p in group["params"]]
+    return [(p.shape, p.dtype, p.device) for group in groups for p in group["params"]]
 
 
 def _options(group: Mapping[str, Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """The first seed's dashboard: memory, compression, rounding error and learning rates over the steps of a run."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from ..seeds.views import get_memory_stats, quantized_states
 from .plots import figure_class
 from .rates import read_at_once
 from .snapshot import OptimizerSnapshot
+from .stats import replaced
 
 
 class TrainingDashboard:
@@ -62,7 +64,9 @@ class TrainingDashboard:
             axes.set(title=title, xlabel="step")
             axes.grid(alpha=0.25)
         if path is not None:
-            figure.savefig(path)
+            path = Path(path)
+            with replaced(path if path.suffix else path.with_suffix(".png")) as file:
+                figure.savefig(file, format=path.suffix[1:] or "png")
         return figure
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .snapshot import role_key
-from .stats import RunRecord
+from .stats import RunRecord, replaced
 
 Theme = Literal["light", "dark"]
 
@@ -74,10 +74,10 @@ def draw_plots(record: RunRecord, folder: str | os.PathLike[str]) -> list[Path]:
         if has_content(record):
             for theme, palette in PALETTES.items():
                 path = Path(folder) / f"{name}{'' if theme == 'light' else '_dark'}.png"
-                with _styled(palette):
+                with _styled(palette), replaced(path) as file:
                     figure = new_figure(figsize=SIZE, dpi=DPI, layout="constrained")
                     draw(record, figure.add_subplot(), palette)
-                    figure.savefig(path, metadata={"Software": None})
+                    figure.savefig(file, format="png", metadata={"Software": None})
             drawn.append(Path(folder) / f"{name}.png")
     return drawn
 

@@ -6,11 +6,12 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -159,10 +160,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whoever reads it, also after the power failed, sees the old or the new content."""
+    """Replaces a file as a whole; see `replaced`."""
+    with replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Lends a file to write the new content of `path` into.
+
+    Whoever reads `path`, also after the power failed, sees the old or the new content; after an error the old one.
+    """
     draft = path.with_name(f"_{path.name}.part")  # never uploaded: push_to_hub leaves out what begins with _
-    with draft.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
+    with draft.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
