@@ -112,8 +112,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     ) -> Any:
         """Takes one step with the gradients that are there.
 
-        Nothing is read back from the device. A non-finite gradient anywhere makes the whole step change nothing but
-        the counters.
+        Nothing is read back from the device. With a non-finite gradient anywhere, only the counters change.
 
         Args:
             closure: computes the loss and the gradients anew, as torch's own optimizers take it.
@@ -173,8 +172,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                     opened.check = check_gradients(present, positions, self.config.max_grad_norm, plan.ranks)
             opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
         except (NotImplementedError, RuntimeError):
-            # torch's own words name neither whose nor why
-            refuse_sparse([p for group in self.param_groups for p in group["params"]], self.param_groups)
+            refuse_sparse(self.param_groups)  # torch's own words name neither whose nor why
             raise
         finally:
             self._interrupted = None if opened.is_over else opened.watch(present)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,19 +104,17 @@ def check_members(group: Mapping[str, Any]) -> None:
         check_param(param, name)
 
 
-def refuse_sparse(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]]) -> None:
+def refuse_sparse(groups: Sequence[Mapping[str, Any]]) -> None:
     """Raises where a parameter's gradient is sparse.
 
     Raises:
         TypeError: with the parameter's name and the remedy.
     """
-    groups = list(groups)
-    every = [id(p) for group in groups for p in group["params"]]
-    names = dict(zip(every, parameter_names(groups), strict=True))
-    for param in params:
+    params = [p for group in groups for p in group["params"]]
+    for param, name in zip(params, parameter_names(groups), strict=True):
         if param.grad is not None and param.grad.layout is not torch.strided:
             raise TypeError(
-                f"{names[id(param)]} has a sparse gradient, and Automagic steps dense ones; build the embedding with "
+                f"{name} has a sparse gradient, and Automagic steps dense ones; build the embedding with "
                 "sparse=False, or set grad to grad.to_dense()"
             )
 
