@@ -17,11 +17,11 @@ newest13 | 3.13 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets=
 "
 shared="torch==2.13.0 evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.2.0 pytest-xdist==3.8.0 hypothesis expecttest psutil
   scikit-learn tensorboard came-pytorch==0.1.3 build hatchling pyyaml"
-tests="tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
+tests="tests/test_resume.py tests/test_checkpoint.py tests/test_push.py tests/test_privacy.py tests/test_estimate.py tests/test_run.py
+  tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
   tests/test_stock_trainers.py tests/test_registry.py tests/test_callbacks.py tests/test_card.py tests/test_factory.py
   tests/test_loss_intake.py tests/test_schedules.py tests/test_peft_roles.py tests/test_peft_training.py tests/test_trl.py
-  tests/test_upstream_seams.py tests/test_doors.py tests/test_resume.py tests/test_checkpoint.py tests/test_push.py
-  tests/test_privacy.py tests/test_estimate.py tests/test_run.py"
+  tests/test_upstream_seams.py tests/test_doors.py"
 
 # find_python VERSION: prints an interpreter of that version, on the path or kept by uv or pyenv.
 find_python() {
