@@ -18,24 +18,17 @@ from .optim.loss_hook import attach_loss_hook
 from .peft import param_groups
 from .registry import OptimizerInfo, get_optimizer_info, list_optimizers, register_optimizer, unregister_optimizer
 from .reporting.dashboard import TrainingDashboard
-from .seeds import (
-    AdaptiveOptimizer,
+from .seeds.classes import (
     Automagic_CameAMP,
     Automagic_CameAMP8bit,
     Automagic_CameAMP_8Bit,
     Automagic_CameAMP_COptim,
     Automagic_CameAMP_COptim8bit,
     Automagic_CameAMP_Improved,
-    CustomQuantizationStrategy,
-    MemoryMonitor,
-    Optimizer8BitConfig,
-    adjust_config_for_model_size,
-    check_memory_leak,
-    check_quantization_quality,
-    get_recommended_config,
-    monitor_learning_rates,
-    progressive_quantization_training,
 )
+from .seeds.config import Optimizer8BitConfig, adjust_config_for_model_size, get_recommended_config
+from .seeds.monitors import MemoryMonitor, check_memory_leak, check_quantization_quality, monitor_learning_rates
+from .seeds.training import AdaptiveOptimizer, CustomQuantizationStrategy, progressive_quantization_training
 
 __version__ = "0.1.0"
 

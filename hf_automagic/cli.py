@@ -11,6 +11,7 @@ from .checkpoint_report import diagnose
 from .registry import get_optimizer_info, list_optimizers
 
 COMPARED = ("automagic_8bit", "adamw_torch_fused", "adamw_8bit")
+LENGTH = 1024  # of the sequences of an estimate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +96,7 @@ def add_estimate(commands: Any) -> None:
     )
     add("--optim", nargs="+", default=COMPARED, metavar="NAME", help=f"compared; yours first ({' '.join(COMPARED)})")
     add("--batch", type=int, default=1, help="sequences on a GPU at once (%(default)s)")
-    add("--sequence-length", type=int, default=1024, help="tokens of a sequence (%(default)s)")
+    add("--sequence-length", type=int, help=f"tokens of a sequence ({LENGTH}, or as many as the model reads)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice to hold few of them")
     add(
         "--gpu",
@@ -110,14 +111,16 @@ def add_estimate(commands: Any) -> None:
 def show_estimate(args: argparse.Namespace) -> int:
     """Writes what a run needs; the status is 0 whatever the verdict, as the question was answered."""
     from .estimator import TrainingPlan, describe_estimate
+    from .estimator.meta_model import load_config, longest_sequence
 
+    length: int | None = args.sequence_length
     plan = TrainingPlan(
         model=args.model,
         base=args.base,
         rank=args.r if args.peft else None,
         target=args.target,
         batch=args.batch,
-        sequence_length=args.sequence_length,
+        sequence_length=int(min(LENGTH, longest_sequence(load_config(args.model)))) if length is None else length,
         checkpointing=args.gradient_checkpointing,
     )
     sys.stdout.write(describe_estimate(plan, args.optim, args.gpu))

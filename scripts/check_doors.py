@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"{name!r} is no tool that we know; name it: --tool {' | '.join(d.tool for d in DOORS)}")
     missing = missing_lines(door, args.path)
     for file, text in missing:
-        print(f"{door.tool}: {file} lacks {text!r}; last seen at {door.commit[:12]} of {door.date}")
+        print(f"{door.tool}: {file} lacks {text!r}; last seen at {door.repository}@{door.commit[:12]} of {door.date}")
     if missing:
         return 1
     if door.trial:

@@ -17,16 +17,28 @@ newest   | 3.11 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets=
 newest13 | 3.13 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
 "
 shared="torch==2.13.0 evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.2.0 pytest-xdist==3.8.0 hypothesis expecttest psutil
-  tensorboard came-pytorch==0.1.3 build hatchling pyyaml"
-tests="tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
+  scikit-learn tensorboard came-pytorch==0.1.3 build hatchling pyyaml"
+tests="tests/test_resume.py tests/test_checkpoint.py tests/test_push.py tests/test_privacy.py tests/test_estimate.py tests/test_run.py
+  tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py
   tests/test_stock_trainers.py tests/test_registry.py tests/test_callbacks.py tests/test_card.py tests/test_factory.py
   tests/test_loss_intake.py tests/test_schedules.py tests/test_peft_roles.py tests/test_peft_training.py tests/test_trl.py
   tests/test_upstream_seams.py tests/test_doors.py tests/test_foreign_checkpoints.py"
 
+# find_python VERSION: prints an interpreter of that version, on the path or kept by uv or pyenv.
+find_python() {
+  local candidate
+  for candidate in "python$1" "$(uv python find "$1" 2>/dev/null)" "$(pyenv root 2>/dev/null)/versions/$1".*/bin/python; do
+    if "$candidate" -c 'import venv, ensurepip' >/dev/null 2>&1; then
+      echo "$candidate"
+      return
+    fi
+  done
+}
+
 run_row() {
   local name="$1" version="$2" packages="$3" python
-  python="$(command -v "python$version" || true)"
-  if [ -z "$python" ] || ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
+  python="$(find_python "$version")"
+  if [ -z "$python" ]; then
     printf '%-9s python %s: not on this machine\n' "$name" "$version"
     return
   fi

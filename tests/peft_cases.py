@@ -9,27 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import peft
+import transformers  # noqa: F401  the tests' own name for it
+
+from tests import tiny_runs
 
 # PEFT asks transformers for a property under its old name
 IGNORE_OLD_NAME = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning:transformers")
 
 
-def tiny_llama(head: str = "LlamaForCausalLM") -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        num_labels=3,
-    )
-    return getattr(transformers, head)(config)
+tiny_llama = partial(tiny_runs.tiny_llama, num_hidden_layers=1, num_labels=3)
 
 
 class TinyConv(nn.Module):
@@ -113,7 +105,7 @@ TUNERS = [
     lora("tokens_too", {**TWO, "adapter": 1}, 2, trainable_token_indices={"embed_tokens": [1]}),
     replace(
         lora("head", {**TWO, "new": 1}, 2, task_type="SEQ_CLS"),
-        model=partial(tiny_llama, "LlamaForSequenceClassification"),
+        model=partial(tiny_llama, head="LlamaForSequenceClassification"),
         labels=(0, 1),
     ),
     lora(

@@ -70,7 +70,8 @@ def test_the_script_finds_all_and_tells_what_is_missing(door, tmp_path, monkeypa
     (tree / file).write_text("renamed")
     assert script.main([str(tree)]) == 1
     told = capsys.readouterr().out
-    assert f"{door.tool}: {file} lacks {text!r}; last seen at {door.commit[:12]} of {door.date}" in told
+    seen = f"last seen at {door.repository}@{door.commit[:12]} of {door.date}"
+    assert f"{door.tool}: {file} lacks {text!r}; {seen}" in told
 
 
 def test_the_readme_dates_every_tool():

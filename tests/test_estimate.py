@@ -250,6 +250,13 @@ def test_the_command_compares_optimizers_and_gives_verdicts(
     assert "\x1b" not in out
 
 
+def test_without_a_length_the_command_takes_what_the_model_reads(
+    configs: dict[str, str], capsys: pytest.CaptureFixture[str]
+):
+    assert main(["estimate", configs["llama"], "--optim", "automagic_8bit"]) == 0
+    assert "batch 1 x 64," in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

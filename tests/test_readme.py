@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments
 import hf_automagic
 from hf_automagic import cli
 from hf_automagic.factory import parse_options
-from tests.tiny_runs import sentences, tiny_adapter
+from tests.tiny_runs import sentences, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", ".github/README.zh-TW.md", ".github/CONTRIBUTING.md", ".github/SECURITY.md"]
@@ -40,7 +40,7 @@ def supplied() -> dict:
     rows = sentences(16)
     batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
     return {
-        "model": tiny_adapter(),
+        "model": tiny_llama(),
         "dataset": rows,
         "dataloader": [batch] * 3,
         "Trainer": Trainer,

@@ -1,7 +1,6 @@
 """Claims about stock Trainers: a string is enough for roles, losses and resumes, and what is missing is said once."""
 
 import logging
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,10 @@ pytest.importorskip("transformers")
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration, Trainer
 
 from hf_automagic import Automagic, create_automagic_optimizer, list_optimizers
-from hf_automagic.callbacks import EffectiveLRCallback, OptimizerStatsCallback, attach
+from hf_automagic.callbacks import EffectiveLRCallback, attach
 from hf_automagic.trainer import AutomagicTrainer, AutomagicTrainerMixin
 from tests.tiny_runs import (
+    CONTEXT,
     VOCABULARY,
     InOrder,
     TinyRegression,
@@ -21,6 +21,7 @@ from tests.tiny_runs import (
     arguments,
     assert_same_bits,
     inner,
+    language,
     logged_losses,
     regression_points,
     seen_losses,
@@ -32,20 +33,6 @@ from tests.tiny_runs import (
 
 # peft still uses names that transformers has replaced
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning:transformers")
-
-CONTEXT = "automagic_coptim_8bit"
-
-
-def language(tmp_path, model=None, cls=Trainer, optim: str = CONTEXT, **changes) -> Any:
-    given = {name: changes.pop(name) for name in ("compute_loss_func", "optimizers") if name in changes}
-    if issubclass(cls, AutomagicTrainerMixin):
-        given["callbacks"] = [OptimizerStatsCallback(plots=False)]
-    return cls(
-        model=tiny_llama() if model is None else model,
-        args=arguments(tmp_path, optim=optim, **changes),
-        train_dataset=sentences(64),
-        **given,
-    )
 
 
 def banner(caplog) -> str:
@@ -61,9 +48,9 @@ def banner(caplog) -> str:
 @pytest.mark.parametrize("optim", list_optimizers())
 @pytest.mark.matrix("T1")
 def test_every_string_trains_an_adapter_and_resumes_bit_for_bit(tmp_path, optim):
-    whole = language(tmp_path, tiny_adapter(), optim=optim, max_steps=4, save_strategy="steps", save_steps=2)
+    whole = language(tmp_path, model=tiny_adapter(), optim=optim, max_steps=4, save_strategy="steps", save_steps=2)
     whole.train()
-    resumed = language(tmp_path, tiny_adapter(), optim=optim, max_steps=4)
+    resumed = language(tmp_path, model=tiny_adapter(), optim=optim, max_steps=4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert [group["role"] for group in inner(resumed).param_groups] == ["lora_A", "lora_B"]
     assert_same_bits(weights(whole.model), weights(resumed.model))
@@ -110,7 +97,7 @@ def test_groups_of_the_users_own_are_kept(tmp_path):
 
 
 def test_the_models_hook_shows_the_losses_that_are_logged(tmp_path):
-    trainer = language(tmp_path, tiny_adapter())
+    trainer = language(tmp_path, model=tiny_adapter())
     trainer.train()
     assert logged_losses(trainer) == seen_losses(trainer)
 
@@ -118,14 +105,14 @@ def test_the_models_hook_shows_the_losses_that_are_logged(tmp_path):
 def test_an_optimizer_of_the_users_own_is_shown_the_losses_once(tmp_path):
     base = tiny_llama()
     optimizer = create_automagic_optimizer(base, CONTEXT)  # listens to the model already
-    trainer = language(tmp_path, base, optimizers=(optimizer, None), gradient_accumulation_steps=2)
+    trainer = language(tmp_path, model=base, optimizers=(optimizer, None), gradient_accumulation_steps=2)
     trainer.train()
     assert len(optimizer.loss_intake.hooks) == len(base._forward_hooks) == 1
     assert logged_losses(trainer) == seen_losses(trainer)
 
 
 def test_a_second_model_takes_over_the_hook(tmp_path):
-    trainer = language(tmp_path, tiny_llama())
+    trainer = language(tmp_path, model=tiny_llama())
     trainer.train()
     trainer.model_wrapped = trainer.model = tiny_adapter()
     trainer.optimizer = None
@@ -163,10 +150,12 @@ def test_a_loss_made_outside_the_model_needs_the_mixin_and_the_banner_says_so(tm
     with caplog.at_level(logging.INFO, logger="hf_automagic"):
         trainer.train()
     name = stock.__name__
+    classes = {"Trainer": "hf_automagic.AutomagicTrainer"}
+    remedy = classes.get(name, f"class My{name}(hf_automagic.AutomagicTrainerMixin, {name})")
     assert banner(caplog).splitlines()[-1] == (
         f"Stock {name}: the logs hold the schedule's learning_rate, and no optim/lr_mean or other key of ours; the "
         f"context follows the gradients alone, as {name} computes its loss outside the model. "
-        f"class My{name}(AutomagicTrainerMixin, {name}) mends that."
+        f"{remedy} mends that."
     )
     assert "saw no loss" not in caplog.text
     assert torch.tensor(inner(trainer).c_optim.history().losses).isnan().all()
@@ -179,7 +168,7 @@ def test_a_loss_made_outside_the_model_needs_the_mixin_and_the_banner_says_so(tm
 def test_a_foreign_loss_is_not_listened_to_even_where_the_factory_did(tmp_path):
     model = tiny_llama()
     optimizer = create_automagic_optimizer(model, CONTEXT)
-    trainer = language(tmp_path, model, cls=OwnLoss, optimizers=(optimizer, None))
+    trainer = language(tmp_path, model=model, cls=OwnLoss, optimizers=(optimizer, None))
     trainer.train()
     assert torch.tensor(optimizer.c_optim.history().losses).isnan().all()
 
@@ -216,7 +205,7 @@ def test_other_optimizers_are_left_alone(tmp_path, caplog):
 def test_the_banner_shows_a_new_head_at_its_rail(tmp_path, caplog):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    trainer = language(tmp_path, peft.get_peft_model(tiny_llama(), lora), optim="automagic_8bit")
+    trainer = language(tmp_path, model=peft.get_peft_model(tiny_llama(), lora), optim="automagic_8bit")
     with caplog.at_level(logging.INFO, logger="hf_automagic"):
         trainer.create_optimizer()
     (head,) = [line.split() for line in banner(caplog).splitlines() if line.startswith("new ")]

@@ -15,17 +15,17 @@ from hf_automagic.callbacks import EdgeCaseCallback, OptimizerStatsCallback, att
 from hf_automagic.reporting.stats import RunRecord
 from hf_automagic.trainer import AutomagicTrainer
 from tests.tiny_runs import (
+    CONTEXT,
     InOrder,
     TinyRegression,
     arguments,
     assert_same_bits,
     inner,
+    language,
     logged_losses,
     regression_points,
     seen_losses,
-    sentences,
     tiny_adapter,
-    tiny_llama,
     training_logs,
     weights,
 )
@@ -33,7 +33,6 @@ from tests.tiny_runs import (
 # peft still uses names that transformers has replaced
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning:transformers")
 
-CONTEXT = "automagic_coptim_8bit"
 CLASSES = pytest.mark.parametrize("cls", [Trainer, AutomagicTrainer], ids=["stock", "mixin"])
 
 
@@ -43,16 +42,6 @@ def regression(tmp_path, cls=Trainer, points=None, optim: str = "automagic", **c
         args=arguments(tmp_path, optim=optim, lr_scheduler_type="constant", **changes),
         train_dataset=InOrder(regression_points(64) if points is None else points),
         eval_dataset=regression_points(4),
-        callbacks=[OptimizerStatsCallback(plots=False)],
-    )
-
-
-def language(tmp_path, cls=Trainer, model=None, optim: str = CONTEXT, **changes) -> Any:
-    return cls(
-        model=model or tiny_llama(),
-        args=arguments(tmp_path, optim=optim, **changes),
-        train_dataset=sentences(64),
-        eval_dataset=sentences(4),
         callbacks=[OptimizerStatsCallback(plots=False)],
     )
 

@@ -109,7 +109,8 @@ def test_a_stock_class_listens_only_to_the_loss_that_it_steps_on(tmp_path, metho
         assert told not in caplog.text
     else:
         assert torch.tensor(inner(trainer).c_optim.history().losses).isnan().all()
-        assert f"{told}. class My{method.trainer}(AutomagicTrainerMixin, {method.trainer}) mends that." in caplog.text
+        ours = f"class My{method.trainer}(hf_automagic.AutomagicTrainerMixin, {method.trainer})"
+        assert f"{told}. {ours} mends that." in caplog.text
 
 
 def test_a_loss_reweighted_outside_the_model_is_another_loss(tmp_path):

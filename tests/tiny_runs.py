@@ -9,28 +9,23 @@ import transformers
 from packaging import version
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_automagic.callbacks import OptimizerStatsCallback
+from hf_automagic.trainer import AutomagicTrainerMixin
 
 VOCABULARY = 32
+CONTEXT = "automagic_coptim_8bit"
 # transformers 4 logs four digits of a loss
 LOGGED_TO = 5.1e-5 if version.parse(transformers.__version__).major < 5 else 1e-12
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_llama(dtype: torch.dtype = torch.float32, head: str = "LlamaForCausalLM", **changes: int) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, **changes}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    config = transformers.LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return getattr(transformers, head)(config).to(dtype)
 
 
 def tiny_adapter(dtype: torch.dtype = torch.float32) -> Any:
@@ -108,6 +103,19 @@ def argument_values(output_dir: Path, **changes: Any) -> dict[str, Any]:
         "dataloader_pin_memory": False,
         **changes,
     }
+
+
+def language(output_dir: Path, cls: type[Trainer] = Trainer, model: Any = None, **changes: Any) -> Any:
+    """A Trainer on sentences; what is none of its own arguments goes into its TrainingArguments."""
+    own = {name: changes.pop(name) for name in ("compute_loss_func", "optimizers") if name in changes}
+    return cls(
+        model=tiny_llama() if model is None else model,
+        args=arguments(output_dir, **{"optim": CONTEXT, **changes}),
+        train_dataset=sentences(64),
+        eval_dataset=sentences(4),
+        callbacks=[OptimizerStatsCallback(plots=False)] if issubclass(cls, AutomagicTrainerMixin) else None,
+        **own,
+    )
 
 
 class Recorder(TrainerCallback):

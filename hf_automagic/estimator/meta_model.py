@@ -25,7 +25,7 @@ def build(plan: TrainingPlan) -> tuple[nn.Module, int]:
         ValueError: there is no such model, its sequences are shorter, or its adapters have no target.
     """
     config = load_config(plan.model)
-    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = longest_sequence(config)
     if plan.sequence_length > longest:
         raise ValueError(
             f"sequence_length must be at most {longest}, which is the model's, got {plan.sequence_length}"
@@ -55,6 +55,11 @@ def load_config(name: str) -> Any:
             f"{name!r} is no folder or file with a config, nor a model id that can be reached; "
             "pass the path of a config.json"
         ) from error
+
+
+def longest_sequence(config: Any) -> float:
+    """Returns how many tokens a model reads at once; infinity where its config sets no bound."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def example_inputs(model: nn.Module, plan: TrainingPlan) -> dict[str, Tensor]:

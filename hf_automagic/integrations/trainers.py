@@ -157,4 +157,9 @@ def _lacks(trainer: Any, optimizer: Automagic) -> list[str]:
         lacks.append(f"the context follows the gradients alone, as {name} computes its loss outside the model")
     if not lacks:
         return []
-    return [f"Stock {name}: {'; '.join(lacks)}. class My{name}(AutomagicTrainerMixin, {name}) mends that."]
+    ours = (
+        "hf_automagic.AutomagicTrainer"
+        if name == "Trainer"
+        else f"class My{name}(hf_automagic.AutomagicTrainerMixin, {name})"
+    )
+    return [f"Stock {name}: {'; '.join(lacks)}. {ours} mends that."]
