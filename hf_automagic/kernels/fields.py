@@ -79,7 +79,6 @@ CONSECUTIVE = tl.constexpr(3)
 LAST_OFFENDER = tl.constexpr(4)
 RECORDED = tl.constexpr(5)
 FOUND = tl.constexpr(6)  # the offender that `decide` has read, so that the next look starts anew
-CONTROL_WIDTH = tl.constexpr(7)
 NOBODY = tl.constexpr(2**62)
 
 # float32, one line for each tensor: what a step measured
