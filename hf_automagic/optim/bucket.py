@@ -202,7 +202,7 @@ class Bucket:
         params = self.params[chunk]
         grad = self._stack([p.grad for p in params if p.grad is not None], rows)
         if inputs.clip is not None:
-            grad = grad * inputs.clip
+            grad.mul_(inputs.clip)
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
         if gain is not None and gain.shape[1] > 1:
             gain = gain[:, self._in_matrix(rows)]
@@ -215,9 +215,12 @@ class Bucket:
         return slice(self.first_row + rows.start, self.first_row + rows.stop)
 
     def _stack(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
-        if self.layout.shape:
-            tensors = [t[rows] for t in tensors]
-        return torch.stack([t.reshape(-1, self.layout.cols) for t in tensors]).to(self.work_dtype)
+        """Copies rows of parameters or gradients together  # [n, rows, cols], float32"""
+        return torch.stack([self._cut(t, rows).reshape(-1, self.layout.cols) for t in tensors]).to(self.work_dtype)
+
+    def _cut(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Returns rows of a parameter or a gradient, the tensor itself where they are all."""
+        return tensor if rows == slice(0, self.held_rows) else tensor[rows]
 
     def _decode(self, chunk: slice, rows: slice) -> dict[str, Tensor]:
         decoded = {}
@@ -240,7 +243,7 @@ class Bucket:
         parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
         first = self._in_matrix(rows).start * self.layout.cols if stored.spec.shape == "matrix" else 0
         encoded = stored.encode(value, EncodeContext(parts, step, self._draw(stored, chunk, step, first)))
-        return [(parts[name], torch.where(inputs.finite, new, parts[name])) for name, new in encoded.items()]
+        return [(parts[name], inputs.choose(new, parts[name])) for name, new in encoded.items()]
 
     def _draw(self, stored: StoredState, chunk: slice, step: Tensor, first: int) -> Callable[[int], Tensor]:
         """Returns what draws random numbers for a state, from an element's place in the whole matrix on."""
@@ -262,7 +265,7 @@ class Bucket:
         self, chunk: slice, rows: slice, context: StepContext, result: ChainResult, inputs: StepInputs
     ) -> Writes:
         """Subtracts the step from the weights, in float32 or more, and rounds them."""
-        stepped = context.param - torch.where(inputs.finite, result.update, 0.0)
+        stepped = context.param.sub_(inputs.choose_or_zero(result.update))
         return self._rounded(self.params[chunk], rows, stepped, self.keys[chunk], context.step)
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
@@ -295,5 +298,5 @@ class Bucket:
             first = draw * self.layout.shape.numel() + self._in_matrix(rows).start * self.layout.cols
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
-        targets = [param[rows] if self.layout.shape else param for param in params]
+        targets = [self._cut(param, rows) for param in params]
         return [(t, value.view(t.shape)) for t, value in zip(targets, values.unbind(), strict=True)]

@@ -1,6 +1,7 @@
 """What a step hands to its buckets, and how far the sweeps over their rows have come: nothing is done twice."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 
 import torch
@@ -24,6 +25,28 @@ class StepInputs:
     finite: Tensor
     clip: Tensor | None
     row_gain: Tensor | None = None
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """Returns all bits where the step may change something, none where not  # [], int64"""
+        return -self.finite.to(torch.int64)
+
+    def choose(self, new: Tensor, old: Tensor) -> Tensor:
+        """Returns what is to be stored: the new values, or the old ones where the step is skipped.
+
+        As `torch.where(finite, new, old)`, which on a CPU takes five times as long as the bits.
+        """
+        bits, old_bits = _bits(new), _bits(old)
+        return (bits ^ old_bits).bitwise_and_(self.mask).bitwise_xor_(old_bits).view(new.dtype)
+
+    def choose_or_zero(self, new: Tensor) -> Tensor:
+        """Returns new values, or zeros where the step is skipped."""
+        return (_bits(new) & self.mask).view(new.dtype)
+
+
+def _bits(values: Tensor) -> Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(kinds[values.element_size()])
 
 
 @dataclasses.dataclass(eq=False)

@@ -45,6 +45,7 @@ class StepContext:
         cols: columns of the matrix.
         first_row: where in the whole matrix the rows at hand begin.
         row_gain: ALLoRA's gain of each row, None without pairs  # [n, rows] or [n, 1]
+        kept: where a compiled step collects what `once` is given, None elsewhere.
     """
 
     grad: Tensor
@@ -55,6 +56,16 @@ class StepContext:
     cols: int
     first_row: int = 0
     row_gain: Tensor | None = None
+    kept: list[Tensor] | None = None
+
+    def once(self, factor: Tensor) -> Tensor:
+        """Returns a factor of whole matrices, rows or columns as it is; a compiled step computes it once.
+
+        Its compiler would otherwise compute the factor, roots and all, anew for each element.
+        """
+        if self.kept is not None:
+            self.kept.append(factor)
+        return factor
 
     @property
     def numel(self) -> int:
