@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..quantization import EncodeContext, keys_for, random_bits, round_stochastically, step_keys
 from ..transforms.core import ChainResult, StepContext, Transform, run_chain
+from .choice import bit_mask, choose
 from .support import Stacked
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class StackedStep:
         finite: Tensor,
         clip: Tensor | None,
         gain: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor]]:
         """Returns the new weights [n, rows, cols], the new stored tensors, the pooled sums and the sum of update^2.
+
+        And what is to be computed once: a graph's compiler keeps in memory what the graph returns, while all else is
+        computed anew in each loop that reads it.
 
         Args:
             grad: [n, rows, cols], in the dtype of the weights, as `param` is.
@@ -76,11 +80,12 @@ class StackedStep:
         grad, param = grad.to(self.work_dtype), param.to(self.work_dtype)
         grad = grad if clip is None else grad * clip
         step = fields["step"] + finite
-        context = StepContext(grad, param, step, lr, self.rows, self.cols, 0, gain)
+        kept: list[Tensor] = []
+        context = StepContext(grad, param, step, lr, self.rows, self.cols, 0, gain, kept)
         state = {s.spec.name: s.decode(self._of(s, fields), self.work_dtype) for s in self.stored}
         result = run_chain(self.chain, grad, state, context)
         assert isinstance(result, ChainResult)  # not sums alone: these are whole matrices
-        drawn = step_keys(self.seed, keys, step)
+        drawn, mask = step_keys(self.seed, keys, step), bit_mask(finite)
         new = {"step": step}
         for stored, number in zip(self.stored, self.numbers, strict=True):
             if stored.spec.name in result.state and stored.spec.name != "step":
@@ -88,12 +93,12 @@ class StackedStep:
                 encoded = stored.encode(
                     result.state[stored.spec.name], EncodeContext(self._of(stored, fields), step, draw)
                 )
-                new |= {name: torch.where(finite, value, fields[name]) for name, value in encoded.items()}
+                new |= {name: choose(mask, value, fields[name]) for name, value in encoded.items()}
         written = param - torch.where(finite, result.update, 0.0)
         if self.rounds and self.dtype in FEW_BITS:
             bits = random_bits(drawn, 0, self.rows * self.cols)
             written = round_stochastically(written, self.dtype, bits.view(written.shape))
-        return written.to(self.dtype), new, result.pool, result.update.square().sum()
+        return written.to(self.dtype), new, result.pool, result.update.square().sum(), kept
 
     def _of(self, stored: Any, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: fields[name] for name in stored.fields(self.rows, self.cols)}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import AutomagicConfig
+from ..kernels.choice import choose, choose_or_zero
 from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, round_stochastically, step_keys
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
@@ -243,7 +244,7 @@ class Bucket:
         parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
         first = self._in_matrix(rows).start * self.layout.cols if stored.spec.shape == "matrix" else 0
         encoded = stored.encode(value, EncodeContext(parts, step, self._draw(stored, chunk, step, first)))
-        return [(parts[name], inputs.choose(new, parts[name])) for name, new in encoded.items()]
+        return [(parts[name], choose(inputs.mask, new, parts[name])) for name, new in encoded.items()]
 
     def _draw(self, stored: StoredState, chunk: slice, step: Tensor, first: int) -> Callable[[int], Tensor]:
         """Returns what draws random numbers for a state, from an element's place in the whole matrix on."""
@@ -265,7 +266,7 @@ class Bucket:
         self, chunk: slice, rows: slice, context: StepContext, result: ChainResult, inputs: StepInputs
     ) -> Writes:
         """Subtracts the step from the weights, in float32 or more, and rounds them."""
-        stepped = context.param.sub_(inputs.choose_or_zero(result.update))
+        stepped = context.param.sub_(choose_or_zero(inputs.mask, result.update))
         return self._rounded(self.params[chunk], rows, stepped, self.keys[chunk], context.step)
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
