@@ -17,6 +17,7 @@ from .sweep import StepInputs, Sweep, Writes, added, carry_out
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
 # the last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
+ARENA_BYTES = 2**24  # more than a chunk's temporaries on a CPU
 
 
 class Bucket:
@@ -94,6 +95,10 @@ class Bucket:
         owners = {name: stored for stored in self.stored for name in self._names(stored)}
         views = [{name: self._shown(s, i, name, stacks[name][i]) for name, s in owners.items()} for i in range(n)]
         self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none
+        if self.device.type == "cpu":
+            # glibc gives freed memory back to the system and gets it again page by page, 60 of 120 ms in a step, until
+            # it has seen so large a block freed; this one is never written and costs nothing
+            torch.empty(ARENA_BYTES, dtype=torch.uint8)
 
     def _shown(self, stored: StoredState, index: int, name: str, held: Tensor) -> Tensor:
         """Returns a field of a parameter as `optimizer.state[p]` has it: a view of what the stack holds."""
