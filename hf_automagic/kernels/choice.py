@@ -22,6 +22,8 @@ def choose(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
         new: chosen where the mask has its bits.
         old: chosen where it has none.
     """
+    if new.is_floating_point() and torch.compiler.is_compiling():
+        return torch.where(mask != 0, new, old)
     bits, old_bits = _bits(new), _bits(old)
     return (bits ^ old_bits).bitwise_and_(mask.to(bits.dtype)).bitwise_xor_(old_bits).view(new.dtype)
 

@@ -155,4 +155,4 @@ def _halve(x: Tensor) -> Tensor:
 
 def stack_of(tensors: Sequence[Tensor], cols: int) -> Tensor:
     """Stacks parameters or gradients as matrices  # [n, rows, cols]"""
-    return torch.stack([tensor.detach().reshape(-1, cols) for tensor in tensors])
+    return torch.stack([*tensors]).reshape(len(tensors), -1, cols)

@@ -222,7 +222,8 @@ class Bucket:
 
     def _stack(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
         """Copies rows of parameters or gradients together  # [n, rows, cols], float32"""
-        return torch.stack([self._cut(t, rows).reshape(-1, self.layout.cols) for t in tensors]).to(self.work_dtype)
+        stack = torch.stack([self._cut(t, rows) for t in tensors])
+        return stack.reshape(len(tensors), -1, self.layout.cols).to(self.work_dtype)
 
     def _cut(self, tensor: Tensor, rows: slice) -> Tensor:
         """Returns rows of a parameter or a gradient, the tensor itself where they are all."""
@@ -305,4 +306,4 @@ class Bucket:
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
         targets = [self._cut(param, rows) for param in params]
-        return [(t, value.view(t.shape)) for t, value in zip(targets, values.unbind(), strict=True)]
+        return [*zip(targets, values.reshape(len(targets), *targets[0].shape).unbind(), strict=True)]

@@ -39,6 +39,6 @@ class CompiledBucket(Bucket):
             grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
         )
         writes: Writes = [(fields[name], value) for name, value in new.items()]
-        writes += [(p, value.view(p.shape)) for p, value in zip(params, written.unbind(), strict=True)]
+        writes += zip(params, written.view(len(params), *self.layout.shape).unbind(), strict=True)
         carry_out(writes)
         sweep.is_over = True
