@@ -125,15 +125,7 @@ def _guards_of_inputs(guards: Sequence[Any]) -> list[bool]:
 
 
 def find_compile_obstacle(bucket: Stacked) -> str | None:
-    """Returns why a bucket is not compiled, in a few words; None where it can be.
-
-    Rows whose last block is short come out of the whole graph with wrong codes there (torch 2.13, on the CPU),
-    although each operation compiled alone is right.
-    """
-    codecs = [stored.codec for stored in bucket.stored if stored.spec.shape == "matrix" and stored.codec is not None]
-    blocks = [getattr(getattr(codec, "codec", codec), "block_size", 1) for codec in codecs]
-    if any(bucket.layout.cols > block and bucket.layout.cols % block for block in blocks):
-        return "rows end with a short block"
+    """Returns why a bucket is not compiled, in a few words; None where it can be."""
     return find_compile_problem(bucket.device.type)
 
 
