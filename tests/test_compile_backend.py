@@ -1,5 +1,6 @@
 """Compiled stacks compute what eager stacks compute, and are compiled once."""
 
+import functools
 import logging
 
 import pytest
@@ -73,15 +74,11 @@ def test_bits_choose_as_where_does(dtype):
     new, old = torch.tensor([3.0, 0.0, 100.0]).to(dtype), torch.tensor([5.0, 1.0, 0.0]).to(dtype)
     if dtype.is_floating_point:
         new[0] = float("nan")
+    exact = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
     for finite in (torch.tensor(True), torch.tensor(False)):
         mask = bit_mask(finite)
-        torch.testing.assert_close(
-            choose(mask, new, old), torch.where(finite, new, old), rtol=0, atol=0, equal_nan=True
-        )
-        zeros = torch.zeros_like(new)
-        torch.testing.assert_close(
-            choose_or_zero(mask, new), torch.where(finite, new, zeros), rtol=0, atol=0, equal_nan=True
-        )
+        exact(choose(mask, new, old), torch.where(finite, new, old))
+        exact(choose_or_zero(mask, new), torch.where(finite, new, torch.zeros_like(new)))
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def compile_step(step: StackedStep, device: torch.device) -> Callable[..., Any] 
 
 
 def _guards_of_inputs(guards: Sequence[Any]) -> list[bool]:
-    """Keeps what torch checks of the tensors before each call; the step itself is frozen, and half the time to check."""
+    """Keeps the checks of tensors before each call; those of the step, which is frozen, take as long as its kernel."""
     return [not guard.is_global and guard.name.split(".")[0] != "self" for guard in guards]
 
 
