@@ -165,7 +165,4 @@ def bias_correction(beta: float, step: Tensor) -> Tensor:
     """Returns 1 - beta^step without cancellation  # [n, 1, 1]; 1 where beta is 0."""
     if beta == 0.0:
         return torch.ones_like(step)[:, None, None]
-    exponent = (step * math.log(beta))[:, None, None]
-    if torch.compiler.is_compiling():  # it makes expm1 exp - 1 on a CPU (torch 2.13), 1e-5 off at a beta of 0.999
-        return -2 * torch.sinh(exponent / 2) * torch.exp(exponent / 2)
-    return -torch.expm1(exponent)
+    return -torch.expm1(step * math.log(beta))[:, None, None]
