@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..quantization import EncodeContext, keys_for, random_bits, round_stochastically, step_keys
 from ..transforms.core import ChainResult, StepContext, Transform, run_chain
+from .choice import bit_mask, choose
 from .support import Stacked
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class StackedStep:
         finite: Tensor,
         clip: Tensor | None,
         gain: Tensor | None,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor]:
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Tensor, list[Tensor]]:
         """Returns the new weights [n, rows, cols], the new stored tensors, the pooled sums and the sum of update^2.
+
+        And what is to be computed once: a graph's compiler keeps in memory what the graph returns, while all else is
+        computed anew in each loop that reads it.
 
         Args:
             grad: [n, rows, cols], in the dtype of the weights, as `param` is.
@@ -76,11 +80,12 @@ class StackedStep:
         grad, param = grad.to(self.work_dtype), param.to(self.work_dtype)
         grad = grad if clip is None else grad * clip
         step = fields["step"] + finite
-        context = StepContext(grad, param, step, lr, self.rows, self.cols, 0, gain)
+        kept: list[Tensor] = []
+        context = StepContext(grad, param, step, lr, self.rows, self.cols, 0, gain, kept)
         state = {s.spec.name: s.decode(self._of(s, fields), self.work_dtype) for s in self.stored}
         result = run_chain(self.chain, grad, state, context)
         assert isinstance(result, ChainResult)  # not sums alone: these are whole matrices
-        drawn = step_keys(self.seed, keys, step)
+        drawn, mask = step_keys(self.seed, keys, step), bit_mask(finite)
         new = {"step": step}
         for stored, number in zip(self.stored, self.numbers, strict=True):
             if stored.spec.name in result.state and stored.spec.name != "step":
@@ -88,12 +93,12 @@ class StackedStep:
                 encoded = stored.encode(
                     result.state[stored.spec.name], EncodeContext(self._of(stored, fields), step, draw)
                 )
-                new |= {name: torch.where(finite, value, fields[name]) for name, value in encoded.items()}
+                new |= {name: choose(mask, value, fields[name]) for name, value in encoded.items()}
         written = param - torch.where(finite, result.update, 0.0)
         if self.rounds and self.dtype in FEW_BITS:
             bits = random_bits(drawn, 0, self.rows * self.cols)
             written = round_stochastically(written, self.dtype, bits.view(written.shape))
-        return written.to(self.dtype), new, result.pool, result.update.square().sum()
+        return written.to(self.dtype), new, result.pool, result.update.square().sum(), kept
 
     def _of(self, stored: Any, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: fields[name] for name in stored.fields(self.rows, self.cols)}
@@ -108,19 +113,19 @@ def compile_step(step: StackedStep, device: torch.device) -> Callable[..., Any] 
         return None
     call = StackedStep.__call__
     own = types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__)
-    return functools.partial(torch.compile(own, dynamic=False, fullgraph=True, options=EXACT_CASTS), step)
+    options = dict(EXACT_CASTS)
+    if hasattr(torch.compiler, "skip_all_guards_unsafe"):  # torch 2.9 knows the option
+        options["guard_filter_fn"] = _guards_of_inputs
+    return functools.partial(torch.compile(own, dynamic=False, fullgraph=True, options=options), step)
+
+
+def _guards_of_inputs(guards: Sequence[Any]) -> list[bool]:
+    """Keeps the checks of tensors before each call; those of the step, which is frozen, take as long as its kernel."""
+    return [not guard.is_global and guard.name.split(".")[0] != "self" for guard in guards]
 
 
 def find_compile_obstacle(bucket: Stacked) -> str | None:
-    """Returns why a bucket is not compiled, in a few words; None where it can be.
-
-    Rows whose last block is short come out of the whole graph with wrong codes there (torch 2.13, on the CPU),
-    although each operation compiled alone is right.
-    """
-    codecs = [stored.codec for stored in bucket.stored if stored.spec.shape == "matrix" and stored.codec is not None]
-    blocks = [getattr(getattr(codec, "codec", codec), "block_size", 1) for codec in codecs]
-    if any(bucket.layout.cols > block and bucket.layout.cols % block for block in blocks):
-        return "rows end with a short block"
+    """Returns why a bucket is not compiled, in a few words; None where it can be."""
     return find_compile_problem(bucket.device.type)
 
 
@@ -142,4 +147,4 @@ def _halve(x: Tensor) -> Tensor:
 
 def stack_of(tensors: Sequence[Tensor], cols: int) -> Tensor:
     """Stacks parameters or gradients as matrices  # [n, rows, cols]"""
-    return torch.stack([tensor.detach().reshape(-1, cols) for tensor in tensors])
+    return torch.stack([*tensors]).reshape(len(tensors), -1, cols)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config import AutomagicConfig
+from ..kernels.choice import choose, choose_or_zero
 from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, round_stochastically, step_keys
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
@@ -16,6 +17,7 @@ from .sweep import StepInputs, Sweep, Writes, added, carry_out
 # Largest float32 stack of a chunk, the unit of every temporary. CPU: a chunk and its dozen temporaries should stay in
 # the last-level cache. GPU: few launches, and a bounded peak.
 CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
+ARENA_BYTES = 2**24  # more than a chunk's temporaries on a CPU
 
 
 class Bucket:
@@ -93,6 +95,10 @@ class Bucket:
         owners = {name: stored for stored in self.stored for name in self._names(stored)}
         views = [{name: self._shown(s, i, name, stacks[name][i]) for name, s in owners.items()} for i in range(n)]
         self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none
+        if self.device.type == "cpu":
+            # glibc gives freed memory back to the system and gets it again page by page, 60 of 120 ms in a step, until
+            # it has seen so large a block freed; this one is never written and costs nothing
+            torch.empty(ARENA_BYTES, dtype=torch.uint8)
 
     def _shown(self, stored: StoredState, index: int, name: str, held: Tensor) -> Tensor:
         """Returns a field of a parameter as `optimizer.state[p]` has it: a view of what the stack holds."""
@@ -202,7 +208,7 @@ class Bucket:
         params = self.params[chunk]
         grad = self._stack([p.grad for p in params if p.grad is not None], rows)
         if inputs.clip is not None:
-            grad = grad * inputs.clip
+            grad.mul_(inputs.clip)
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
         if gain is not None and gain.shape[1] > 1:
             gain = gain[:, self._in_matrix(rows)]
@@ -215,9 +221,13 @@ class Bucket:
         return slice(self.first_row + rows.start, self.first_row + rows.stop)
 
     def _stack(self, tensors: Sequence[Tensor], rows: slice) -> Tensor:
-        if self.layout.shape:
-            tensors = [t[rows] for t in tensors]
-        return torch.stack([t.reshape(-1, self.layout.cols) for t in tensors]).to(self.work_dtype)
+        """Copies rows of parameters or gradients together  # [n, rows, cols], float32"""
+        stack = torch.stack([self._cut(t, rows) for t in tensors])
+        return stack.reshape(len(tensors), -1, self.layout.cols).to(self.work_dtype)
+
+    def _cut(self, tensor: Tensor, rows: slice) -> Tensor:
+        """Returns rows of a parameter or a gradient, the tensor itself where they are all."""
+        return tensor if rows == slice(0, self.held_rows) else tensor[rows]
 
     def _decode(self, chunk: slice, rows: slice) -> dict[str, Tensor]:
         decoded = {}
@@ -240,7 +250,7 @@ class Bucket:
         parts = {name: self._part(name, stored, chunk, rows) for name in self._names(stored)}
         first = self._in_matrix(rows).start * self.layout.cols if stored.spec.shape == "matrix" else 0
         encoded = stored.encode(value, EncodeContext(parts, step, self._draw(stored, chunk, step, first)))
-        return [(parts[name], torch.where(inputs.finite, new, parts[name])) for name, new in encoded.items()]
+        return [(parts[name], choose(inputs.mask, new, parts[name])) for name, new in encoded.items()]
 
     def _draw(self, stored: StoredState, chunk: slice, step: Tensor, first: int) -> Callable[[int], Tensor]:
         """Returns what draws random numbers for a state, from an element's place in the whole matrix on."""
@@ -262,7 +272,7 @@ class Bucket:
         self, chunk: slice, rows: slice, context: StepContext, result: ChainResult, inputs: StepInputs
     ) -> Writes:
         """Subtracts the step from the weights, in float32 or more, and rounds them."""
-        stepped = context.param - torch.where(inputs.finite, result.update, 0.0)
+        stepped = context.param.sub_(choose_or_zero(inputs.mask, result.update))
         return self._rounded(self.params[chunk], rows, stepped, self.keys[chunk], context.step)
 
     def matrices(self, indices: Sequence[int]) -> Tensor:
@@ -295,5 +305,5 @@ class Bucket:
             first = draw * self.layout.shape.numel() + self._in_matrix(rows).start * self.layout.cols
             bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
-        targets = [param[rows] if self.layout.shape else param for param in params]
-        return [(t, value.view(t.shape)) for t, value in zip(targets, values.unbind(), strict=True)]
+        targets = [self._cut(param, rows) for param in params]
+        return [*zip(targets, values.reshape(len(targets), *targets[0].shape).unbind(), strict=True)]

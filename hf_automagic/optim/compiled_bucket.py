@@ -35,10 +35,10 @@ class CompiledBucket(Bucket):
         grads = stack_of([p.grad for p in params if p.grad is not None], cols)
         fields = {name: stack[chunk] for name, stack in self.stacks.items()}
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
-        written, new, sweep.pool, sweep.squares = self.graph(
+        written, new, sweep.pool, sweep.squares, _ = self.graph(
             grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
         )
         writes: Writes = [(fields[name], value) for name, value in new.items()]
-        writes += [(p, value.view(p.shape)) for p, value in zip(params, written.unbind(), strict=True)]
+        writes += zip(params, written.view(len(params), *self.layout.shape).unbind(), strict=True)
         carry_out(writes)
         sweep.is_over = True

@@ -1,10 +1,13 @@
 """What a step hands to its buckets, and how far the sweeps over their rows have come: nothing is done twice."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+
+from ..kernels.choice import bit_mask
 
 Writes = list[tuple[Tensor, Tensor]]  # (where, what): computed in full before the first is carried out
 
@@ -24,6 +27,11 @@ class StepInputs:
     finite: Tensor
     clip: Tensor | None
     row_gain: Tensor | None = None
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """Returns the flag as bits, see `kernels.choice`  # [], int64"""
+        return bit_mask(self.finite)
 
 
 @dataclasses.dataclass(eq=False)

@@ -124,5 +124,12 @@ def split_blocks(values: Tensor, block_size: int) -> Tensor:
 
 
 def join_blocks(blocks: Tensor, cols: int) -> Tensor:
-    """Joins the blocks of rows again, without the filling  # [..., n_blocks, block] -> [..., cols]"""
-    return blocks.flatten(-2)[..., :cols]
+    """Joins the blocks of rows again, without the filling  # [..., n_blocks, block] -> [..., cols]
+
+    The short block is joined on its own: where a compiled loop over all columns divides them by the block, torch's
+    loop splitting on the CPU (2.13, `try_loop_split`) leaves out what is beyond the last whole one.
+    """
+    whole, rest = divmod(cols, blocks.shape[-1])
+    if not rest:
+        return blocks.flatten(-2)
+    return torch.cat([blocks[..., :whole, :].flatten(-2), blocks[..., -1, :rest]], -1)

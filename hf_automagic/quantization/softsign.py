@@ -34,22 +34,34 @@ class Softsign:
     def encode(self, values: Tensor, context: EncodeContext | None = None) -> dict[str, Tensor]:
         """Encodes to the nearest code; ties to even."""
         blocks = split_blocks(values, self.block_size)
-        largest = blocks.abs().amax(-1).clamp_max(LARGEST_SCALE)
+        largest = _largest_magnitude(blocks).clamp_max(LARGEST_SCALE)
         scale = torch.where(largest < SMALLEST_SCALE, 0.0, largest).to(torch.float16)
-        divisor = torch.where(scale > 0, scale, 1.0).to(torch.float32)[..., None]
-        z = (blocks / divisor).clamp(-1.0, 1.0) * (scale > 0)[..., None]
-        codes = (254 * z / (1 + z.abs())).round().to(torch.int8)
+        divisor = torch.where(scale > 0, scale.to(torch.float32), torch.inf)[..., None]
+        z = (blocks / divisor).clamp_(-1.0, 1.0)
+        codes = (254 * z).div_(z.abs().add_(1)).round_().to(torch.int8)
         return {"codes": join_blocks(codes, values.shape[-1]), "scale": scale}
 
     def decode(self, fields: Fields) -> Tensor:
         """Decodes y = code / 127 to scale * y / (2 - |y|)."""
-        y = split_blocks(fields["codes"], self.block_size).to(torch.float32) / 127
-        return join_blocks(_scale(fields) * (y / (2 - y.abs())), fields["codes"].shape[-1])
+        y = split_blocks(fields["codes"], self.block_size).to(torch.float32).div_(127)
+        below = y.abs().sub_(2)  # -(2 - |y|): the scale takes the sign back, and everything is done in place
+        return join_blocks(y.div_(below).mul_(-_scale(fields)), fields["codes"].shape[-1])
 
     def spacing(self, fields: Fields) -> Tensor:
         """Returns the slope of the decoder, scale / 127 * 2 / (2 - |y|)^2."""
         y = split_blocks(fields["codes"], self.block_size).to(torch.float32) / 127
         return join_blocks(_scale(fields) * (2 / 127) / (2 - y.abs()).square(), fields["codes"].shape[-1])
+
+
+def _largest_magnitude(blocks: Tensor) -> Tensor:
+    """Returns the largest magnitude along the last axis, NaN where there is one  # [..., n_blocks, block], float32
+
+    Along short rows torch's kernels for a CPU find the largest bit pattern five times sooner than the largest float,
+    while what torch.compile makes of floats is the faster.
+    """
+    if torch.compiler.is_compiling():
+        return blocks.abs().amax(-1)
+    return blocks.abs().view(torch.int32).amax(-1).view(torch.float32)
 
 
 def _scale(fields: Fields) -> Tensor:

@@ -39,7 +39,7 @@ class Confidence(Transform):
 
     def measure(self, update: Tensor, state: State, context: StepContext) -> Measured:
         """Sums the residual over rows and over columns."""
-        residual = (state["normalized"] - state["exp_avg"]).square()
+        residual = (state["normalized"] - state["exp_avg"]).square_()
         seen = self._floored(residual.mean(-1), state)
         row = torch.lerp(state["exp_avg_res_row"], seen, 1 - self.beta3)
         return Measured(matrix={"row": row.sum(-1), "col": residual.sum(-2)}, rows={"row": row})
@@ -54,8 +54,8 @@ class Confidence(Transform):
         col = torch.lerp(state["exp_avg_res_col"], seen, 1 - self.beta3)
         mean = (measured.matrix["row"] / context.rows)[:, None]
         unbiased = col[:, None, :] / bias_correction(self.beta3 if self.corrected else 0.0, context.step)
-        update = update * (row / mean).rsqrt()[:, :, None] * unbiased.rsqrt()
-        return update, {"exp_avg_res_row": row, "exp_avg_res_col": col}
+        by_row, by_col = context.once((row / mean).rsqrt()[:, :, None]), context.once(unbiased.rsqrt())
+        return (update * by_row).mul_(by_col), {"exp_avg_res_row": row, "exp_avg_res_col": col}
 
     def _floored(self, mean: Tensor, state: State) -> Tensor:
         floor = self.floor * state["mean_square"][:, None]

@@ -45,6 +45,7 @@ class StepContext:
         cols: columns of the matrix.
         first_row: where in the whole matrix the rows at hand begin.
         row_gain: ALLoRA's gain of each row, None without pairs  # [n, rows] or [n, 1]
+        kept: where a compiled step collects what `once` is given, None elsewhere.
     """
 
     grad: Tensor
@@ -55,6 +56,17 @@ class StepContext:
     cols: int
     first_row: int = 0
     row_gain: Tensor | None = None
+    kept: list[Tensor] | None = None
+
+    def once(self, value: Tensor) -> Tensor:
+        """Returns a value as it is; a compiled step computes it once.
+
+        Its compiler would otherwise compute a factor of rows or columns, roots and all, anew for each element, and a
+        matrix in each loop that reads it.
+        """
+        if self.kept is not None:
+            self.kept.append(value)
+        return value
 
     @property
     def numel(self) -> int:

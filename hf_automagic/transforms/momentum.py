@@ -28,8 +28,8 @@ class Momentum(Transform):
         self, update: Tensor, state: State, measured: Measured | None, context: StepContext
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Averages, and carries the input on as `normalized`, which the confidence compares with the average."""
-        exp_avg = torch.lerp(state["exp_avg"], update, 1 - self.beta1)
-        correction = bias_correction(self.beta1 if self.corrected else 0.0, context.step)
+        exp_avg = context.once(torch.lerp(state["exp_avg"], update, 1 - self.beta1))
+        correction = context.once(bias_correction(self.beta1 if self.corrected else 0.0, context.step))
         return exp_avg / correction, {"exp_avg": exp_avg, "normalized": update}
 
 
@@ -66,9 +66,10 @@ class MultiScaleMomentum(Transform):
         combined, changed = torch.zeros_like(update), {"normalized": update}
         for k in self.scales:
             beta = self.beta1 ** (1 / k)
-            average = torch.lerp(state[scale_name(k)], update, 1 - beta)
+            average = context.once(torch.lerp(state[scale_name(k)], update, 1 - beta))
             changed[scale_name(k)] = average
-            combined = combined + average / (bias_correction(beta if self.corrected else 0.0, context.step) * k)
+            correction = context.once(bias_correction(beta if self.corrected else 0.0, context.step) * k)
+            combined = combined + average / correction
         return combined / sum(1 / k for k in self.scales), changed
 
 

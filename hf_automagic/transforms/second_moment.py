@@ -39,7 +39,8 @@ class FactoredSecondMoment(Transform):
 
     def measure(self, update: Tensor, state: State, context: StepContext) -> Measured:
         """Sums the squared gradient over rows and over columns."""
-        squares = context.grad.square() + self.eps
+        squares = context.grad.square()
+        squares = squares + self.eps if self.eps else squares
         row = torch.lerp(state["exp_avg_sq_row"], squares.mean(-1), 1 - self.beta2)
         return Measured(matrix={"row": row.sum(-1), "col": squares.sum(-2)}, rows={"row": row})
 
@@ -53,9 +54,10 @@ class FactoredSecondMoment(Transform):
         mean = (measured.matrix["row"] / context.rows)[:, None]  # [n, 1]
         unbiased = mean[..., None] / bias_correction(self.beta2 if self.corrected else 0.0, context.step)
         alive = unbiased >= TINY_MEAN_SQUARE
-        u = update / torch.where(alive, unbiased, 1.0).sqrt()
-        u = u * _inverse_root(row, mean)[:, :, None] * _inverse_root(col, mean)[:, None, :]
-        return torch.where(alive, u, 0.0), {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+        root = context.once(torch.where(alive, unbiased, 1.0).sqrt())
+        by_row = context.once(torch.where(alive, _inverse_root(row, mean)[:, :, None], 0.0))
+        by_col = context.once(_inverse_root(col, mean)[:, None, :])
+        return (update / root).mul_(by_row).mul_(by_col), {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
 
 
 def _inverse_root(moment: Tensor, mean: Tensor) -> Tensor:
@@ -117,5 +119,5 @@ class ClipByRMS(Transform):
         """Clips, and carries the clipped mean square [n]."""
         assert measured is not None
         mean_square = measured.matrix["squares"] / context.numel
-        factor = (mean_square.sqrt() / self.threshold).clamp_min(1.0)
-        return update / factor[:, None, None], {"mean_square": mean_square / factor.square()}
+        factor = context.once((mean_square.sqrt() / self.threshold).clamp_min(1.0))
+        return update / factor[:, None, None], {"mean_square": context.once(mean_square / factor.square())}
