@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .freshness import are_fresh
 from .optim.attach import READERS
 from .optim.roles import Role
 from .options import unknown_name_error
@@ -25,7 +26,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sorts a model's trainable parameters into groups of one role and adapter, with names, ranks, scalings and pairs.
 
-    The order depends on the model alone, so that a checkpoint finds the same groups again.
+    Where all full weights that train are as they were initialised, their groups say `is_fresh`. The order depends on the model alone, so that a checkpoint finds the same groups again.
 
     Args:
         model: a plain or PEFT model.
@@ -39,7 +40,10 @@ def param_groups(
     found = find_parameters(model, new_modules=new_modules)
     if not found:
         raise ValueError(f"{type(model).__name__} has no trainable parameter; add an adapter, or set requires_grad")
-    return _groups(found, weight_decay)
+    full = [member for member in found if member.is_full_weight]
+    weights, norms = ([m.param for m in full if m.role is role] for role in (Role.FULL, Role.NORM))
+    is_fresh = are_fresh(weights, norms)
+    return [group | {"is_fresh": is_fresh and group["is_full_weight"]} for group in _groups(found, weight_decay)]
 
 
 def find_parameters(model: nn.Module, *, new_modules: Iterable[str] = ()) -> list[NamedRole]:

@@ -77,7 +77,8 @@ def _told_parts(
         chosen = [i for i, param in enumerate(entry["params"]) if id(param) in place]
         if chosen:
             here = [place[id(entry["params"][i])] for i in chosen]
-            told = {**entry, **_pick(entry, chosen)}
+            was_fresh = bool(group.get("is_fresh"))  # which training since then does not take back
+            told = {**entry, **_pick(entry, chosen), "is_fresh": entry["is_fresh"] or was_fresh}
             part = fill_group({**brought, **own, **_pick(group, here), **told}, config)
             yield number, part | {"lr": part["initial_lr"] * schedule}
 
@@ -98,7 +99,7 @@ def _pick(group: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
 
 def _own_options(group: Mapping[str, Any], config: AutomagicConfig) -> dict[str, Any]:
     """Returns the options that a group was given for itself: those that its role alone does not explain."""
-    plain = fill_group({key: group.get(key) for key in ("role", "is_full_weight", "width")}, config)
+    plain = fill_group({key: group.get(key) for key in ("role", "is_full_weight", "is_fresh", "width")}, config)
     own = {name: group[name] for name in option_names() if name != "lr" and group[name] != plain[name]}
     if group["initial_lr"] == plain["initial_lr"]:
         return own
