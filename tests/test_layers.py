@@ -22,7 +22,6 @@ LAYERS = {
     "kernels": 2,
     "optim": 3,
     "registry": 4,
-    "freshness": 4,
     "peft": 4,
     "peft_layers": 4,
     "seeds": 4,

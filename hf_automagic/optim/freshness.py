@@ -1,4 +1,4 @@
-"""Whether weights are still as they were initialised, read off the weights themselves.
+"""Whether weights have been trained or are as they were initialised, read off the weights themselves.
 
 Elements of a fresh matrix are independent draws of one law, Gaussian or narrower: the squares of its rows, and of its
 columns, add up to what chance allows, and there are no outliers. Training lifts whole rows and columns. Measured in
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .optim.distributed import local
+from .distributed import local
 
 LIMIT = 8.0  # standard deviations of chance
 ROWS, COLS = 256, 1024  # of a matrix that are looked at
@@ -20,8 +20,8 @@ SHARE = 0.9  # of what is looked at has to be fresh: layers that start in a patt
 SMALLEST_SIDE, SMALLEST = 8, 1024  # rows and columns, and elements: fewer tell nothing
 
 
-def are_fresh(weights: Sequence[Tensor], norms: Iterable[Tensor]) -> bool:
-    """Says whether a model's weights have not been trained yet; where they do not tell, that they have.
+def look_trained(weights: Iterable[Tensor], norms: Iterable[Tensor] = ()) -> bool | None:
+    """Says whether weights have been trained, None where they do not tell.
 
     Reads the device once or twice. Of sharded weights every rank looks at its own rows and all come to one answer, so
     that every rank has to ask.
@@ -30,22 +30,24 @@ def are_fresh(weights: Sequence[Tensor], norms: Iterable[Tensor]) -> bool:
         weights: what multiplies: of linear layers, convolutions and the like; others tell nothing.
         norms: scales and shifts of normalisations.
     """
+    weights = list(weights)
     if any(tensor.is_meta for tensor in weights):
-        return False
+        return None
     meshes = list(dict.fromkeys(mesh for w in weights if (mesh := getattr(w, "device_mesh", None)) is not None))
     matrices = [w.detach().flatten(1) for w in map(local, weights) if w.ndim > 1 and _is_readable(w)]
     telling = [w for w in matrices if min(w.shape) >= SMALLEST_SIDE and w.numel() >= SMALLEST]
-    vectors = [norm.detach() for norm in map(local, norms) if _is_readable(norm)]
-    trained_norms = _count_varying(vectors) if telling or meshes else 0
+    trained_norms = _count_varying([norm.detach() for norm in map(local, norms) if _is_readable(norm)])
     fresh = seen = 0
-    if not trained_norms or meshes:
+    if meshes or not trained_norms:
         fresh, seen = _count_fresh(telling[:: -(-len(telling) // MOST) or 1])
     for mesh in meshes:
         counts = torch.tensor([fresh, seen, trained_norms], device=mesh.device_type)
         for axis in range(mesh.ndim):
             torch.distributed.all_reduce(counts, group=mesh.get_group(axis))
         fresh, seen, trained_norms = counts.tolist()
-    return seen > 0 and not trained_norms and fresh >= SHARE * seen
+    if not (trained_norms or seen):
+        return None
+    return trained_norms > 0 or fresh < SHARE * seen
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -56,12 +58,12 @@ def _is_readable(tensor: Tensor) -> bool:
 
 def _count_varying(vectors: Sequence[Tensor]) -> int:
     """Counts the vectors whose elements are not all equal."""
-    return sum(_read([(vector != vector.flatten()[0]).any() for vector in vectors]))
+    return sum(map(bool, _read([(vector != vector.flatten()[0]).any() for vector in vectors])))
 
 
 def _count_fresh(matrices: Sequence[Tensor]) -> tuple[int, int]:
     """Returns how many elements look fresh, and of how many; what is constant does not count."""
-    distances = _read([_distance_from_chance(w[:ROWS, :COLS].to(torch.float32)) for w in matrices])
+    distances: list[float] = _read([_distance_from_chance(w[:ROWS, :COLS].to(torch.float32)) for w in matrices])
     sizes = [w.numel() for w in matrices]
     told = [(size, distance) for size, distance in zip(sizes, distances, strict=True) if distance != float("inf")]
     return sum(size for size, distance in told if distance < LIMIT), sum(size for size, _ in told)
