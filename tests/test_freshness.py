@@ -1,7 +1,7 @@
 """Claims about fresh weights: what nobody has trained yet is known by its values, steps faster, and stays known."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def are_fresh(weights: Iterable[Tensor], norms: Iterable[Tensor]) -> bool:
     return look_trained(weights, norms) is False
 
 
-def parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def parts(model: nn.Module) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     weights = [p for p in model.parameters() if p.ndim > 1]
     norms = [p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()]
     return weights, norms

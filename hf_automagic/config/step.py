@@ -22,8 +22,8 @@ class StepOptions:
         1e-3,
         "The tuned rate, in lr_search its upper rail, of parameters about which nothing is known. B of a LoRA and new "
         "modules get 2.4 times as much, and so does a model whose values show that nobody has trained it. A and "
-        "pretrained weights get 0.3 times, models wider than 384 less (`optim.roles`). Raise it for a task that learns "
-        "too slowly; lower it when a run diverges.",
+        "pretrained weights get 0.3 times, models wider than 384 less (`optim.roles`). Raise it for a task that "
+        "learns too slowly; lower it when a run diverges.",
         low=0,
     )
     rail_steps: int = option(
