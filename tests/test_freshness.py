@@ -290,7 +290,7 @@ def test_the_trainers_string_knows_a_fresh_model(tmp_path, is_trained: bool):
     args = transformers.TrainingArguments(str(tmp_path), optim="automagic_8bit", report_to=[], use_cpu=True)
     optimizer = transformers.Trainer(model, args).create_optimizer()
     assert {g["is_fresh"] for g in optimizer.param_groups} == {not is_trained}
-    assert {g["rail_steps"] for g in optimizer.param_groups} == {100 if is_trained else 10}
+    assert {g["rail_steps"] for g in optimizer.param_groups} == {100 if is_trained else 8}
 
 
 def looks_at_shards(spoiled_row: int | None) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import AutomagicConfig, make_config, option_names
-from .roles import FRESH_FALL, Role
+from .roles import Role
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
     """Completes a param group: every option that it does not set itself, its role, rails and starting rate.
 
     The group's own rails win; otherwise the upper one follows the role and the width (`Role.rail_scale`), and B of a
-    LoRA has it and its rate scaled by `loraplus_lr_ratio`. Full weights that are fresh fall earlier.
+    LoRA has it and its rate scaled by `loraplus_lr_ratio`. What starts from nothing falls earlier.
 
     Args:
         group: as given to the optimizer; keys beside the options are `role`, `is_full_weight`, `is_fresh`, `width`
@@ -51,8 +51,8 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
         "min_lr": min(options["min_lr"], max_lr),
         "max_lr": max_lr,
     }
-    if is_fresh and "rail_steps" not in own:
-        filled["rail_steps"] = math.ceil(FRESH_FALL * options["rail_steps"])
+    if "rail_steps" not in own:
+        filled["rail_steps"] = math.ceil(options["rail_steps"] * role.fall_scale(is_full_weight, is_fresh))
     if not (role.decays or "weight_decay" in own):
         filled["weight_decay"] = 0.0
     filled.setdefault("initial_lr", filled["lr"])
