@@ -73,6 +73,7 @@ def test_a_new_module_gets_the_adapters_rails():
     narrow = LARGEST_WIDTH_SCALE
     assert rails[("new", "2.weight")] == pytest.approx(NEW_SCALE * narrow)
     assert rails[("bias", "2.bias")] == pytest.approx(narrow)
+    assert {g["role"]: g["rail_steps"] for g in groups} == {"bias": 100, "norm": 100, "new": 50, "full": 100}
     assert rails[("full", "0.weight")] == rails[("bias", "0.bias")] == pytest.approx(PRETRAINED_SCALE * narrow)
 
 
