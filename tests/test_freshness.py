@@ -11,10 +11,10 @@ from torch.nn import init
 
 from hf_automagic import Automagic, AutomagicConfig, create_automagic_optimizer, param_groups
 from hf_automagic.optim.freshness import look_trained
-from hf_automagic.optim.roles import FRESH_FALL, FRESH_SCALE, PRETRAINED_SCALE
+from hf_automagic.optim.roles import FRESH_FALL, PRETRAINED_SCALE, SCRATCH_SCALE
 from tests.ranks import Ranks
 
-SCRATCH, TUNED = (FRESH_SCALE, FRESH_FALL), (PRETRAINED_SCALE, 1.0)
+SCRATCH, TUNED = (SCRATCH_SCALE, FRESH_FALL), (PRETRAINED_SCALE, 1.0)
 
 
 class Net(nn.Module):
@@ -188,7 +188,7 @@ def test_what_the_user_sets_wins():
     assert {(g["max_lr"], g["rail_steps"]) for g in Automagic(groups).param_groups} == {(7e-4, 50)}
     optimizer = create_automagic_optimizer(net(), rail_steps=0, max_lr=1e-2)
     assert {g["rail_steps"] for g in optimizer.param_groups} == {0}
-    assert max_lrs(optimizer) == pytest.approx([FRESH_SCALE * 1e-2])
+    assert max_lrs(optimizer) == pytest.approx([SCRATCH_SCALE * 1e-2])
 
 
 def test_only_what_trains_is_looked_at():
@@ -290,7 +290,7 @@ def test_the_trainers_string_knows_a_fresh_model(tmp_path, is_trained: bool):
     args = transformers.TrainingArguments(str(tmp_path), optim="automagic_8bit", report_to=[], use_cpu=True)
     optimizer = transformers.Trainer(model, args).create_optimizer()
     assert {g["is_fresh"] for g in optimizer.param_groups} == {not is_trained}
-    assert {g["rail_steps"] for g in optimizer.param_groups} == {100 if is_trained else 8}
+    assert {g["rail_steps"] for g in optimizer.param_groups} == {100 if is_trained else 50}
 
 
 def looks_at_shards(spoiled_row: int | None) -> bool:
