@@ -43,7 +43,7 @@ def create_automagic_optimizer(
 
     Args:
         model: a PEFT model, a plain model, or a list of parameters, (name, parameter) pairs or param groups. Only a
-            model tells everything: LoRA's scalings, and which weights are pretrained.
+            model tells everything: LoRA's scalings, and which weights are pretrained or new.
         optim: a registered name, see `list_optimizers()`.
         lr: the rate where the optimizer does not tune it, and where `lr_search` starts; otherwise without effect.
         weight_decay: decoupled; not applied to biases, norms and magnitudes.

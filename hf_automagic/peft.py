@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .optim.attach import READERS
+from .optim.freshness import look_trained
 from .optim.names import display_name
 from .optim.roles import Role
 from .options import unknown_name_error
@@ -25,7 +26,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sorts a model's trainable parameters into groups of one role and adapter, with names, ranks, scalings and pairs.
 
-    The order depends on the model alone, so that a checkpoint finds the same groups again.
+    Where all full weights that train are as they were initialised, their groups say `is_fresh`. The order and
+    number of groups do not depend on that, so that a checkpoint finds the same ones again.
 
     Args:
         model: a plain or PEFT model.
@@ -39,7 +41,10 @@ def param_groups(
     found = find_parameters(model, new_modules=new_modules)
     if not found:
         raise ValueError(f"{type(model).__name__} has no trainable parameter; add an adapter, or set requires_grad")
-    return _groups(found, weight_decay)
+    full = [member for member in found if member.is_full_weight]
+    weights, norms = ([m.param for m in full if m.role is role] for role in (Role.FULL, Role.NORM))
+    is_fresh = look_trained(weights, norms) is False
+    return [group | {"is_fresh": is_fresh and group["is_full_weight"]} for group in _groups(found, weight_decay)]
 
 
 def find_parameters(model: nn.Module, *, new_modules: Iterable[str] = ()) -> list[NamedRole]:
@@ -72,14 +77,19 @@ def group_by_name(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: fl
     """Sorts (name, parameter) pairs into groups by what PEFT's names tell, where the model itself is not at hand.
 
     Names tell LoRA's factors, magnitudes, saved heads and biases, but neither scalings, taken as 1, nor the kind of a
-    plain weight: such weights step at the adapters' rate, as parameters without a name do. `param_groups(model)` knows
-    all.
+    plain weight: such weights step at the adapters' rate, and at a pretrained weight's where their values show that
+    they were trained, as parameters without a name do. `param_groups(model)` knows all.
     """
     named = [(display_name(name), param) for name, param in named if param.requires_grad]
     read = [_read_name(name, param) for name, param in named]
     adalora = {found.module for found, _ in read if ".lora_E" in found.name}  # B diag(E) A is not the plain product
     pairs = _number_pairs([{product} - {""} if found.module not in adalora else set() for found, product in read])
-    settled = [dataclasses.replace(found, pair=pair) for (found, _), pair in zip(read, pairs, strict=True)]
+    plain = [not ROLE_OF_PART.keys() & set(found.name.split(".")) for found, _ in read]
+    is_full = bool(look_trained(found.param for (found, _), is_plain in zip(read, plain, strict=True) if is_plain))
+    settled = [
+        dataclasses.replace(found, pair=pair, is_full_weight=is_full and is_plain)
+        for (found, _), pair, is_plain in zip(read, pairs, plain, strict=True)
+    ]
     return _groups(settled, weight_decay)
 
 
@@ -102,7 +112,9 @@ def _groups(found: Iterable[NamedRole], weight_decay: float) -> list[dict[str, A
 
 def _width(members: Sequence[NamedRole]) -> float | None:
     """Returns the median number of inputs of the layers that train, None where no parameter tells it."""
-    telling = [m.param.shape[1:].numel() for m in members if m.role in (Role.LORA_A, Role.FULL) and m.param.ndim > 1]
+    roles = (Role.LORA_A, Role.FULL, Role.ADAPTER)
+    known = [m for m in members if m.role in roles and (m.role is not Role.ADAPTER or m.is_full_weight)]
+    telling = [m.param.shape[1:].numel() for m in known if m.param.ndim > 1]
     return float(statistics.median(telling)) if telling else None
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_automagic import Automagic, AutomagicConfig, CustomQuantizationStrategy
 from hf_automagic.factory import create_automagic_optimizer, optimizer_cls_and_kwargs, parse_options
-from hf_automagic.optim.roles import FRESH_SCALE, LARGEST_WIDTH_SCALE, PRETRAINED_SCALE
+from hf_automagic.optim.roles import LARGEST_WIDTH_SCALE, NEW_SCALE, PRETRAINED_SCALE
 from hf_automagic.registry import get_optimizer_info, list_optimizers
 
 
@@ -71,8 +71,9 @@ def test_a_new_module_gets_the_adapters_rails():
     groups = create_automagic_optimizer(tiny_model(), new_modules=["2"]).param_groups
     rails = {(g["role"], g["names"][0]): g["max_lr"] / AutomagicConfig.max_lr for g in groups}
     narrow = LARGEST_WIDTH_SCALE
-    assert rails[("new", "2.weight")] == pytest.approx(FRESH_SCALE * narrow)
+    assert rails[("new", "2.weight")] == pytest.approx(NEW_SCALE * narrow)
     assert rails[("bias", "2.bias")] == pytest.approx(narrow)
+    assert {g["role"]: g["rail_steps"] for g in groups} == {"bias": 100, "norm": 100, "new": 50, "full": 100}
     assert rails[("full", "0.weight")] == rails[("bias", "0.bias")] == pytest.approx(PRETRAINED_SCALE * narrow)
 
 

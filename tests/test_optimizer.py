@@ -295,7 +295,7 @@ def test_the_rate_falls_with_the_root_of_the_steps():
     [
         ("lora_A", 384, 3e-4),
         ("lora_B", 384, 2.4e-3),
-        ("new", 384, 2.4e-3),
+        ("new", 384, 3.4e-3),
         ("full", None, 3e-4),
         ("adapter", None, 1e-3),
         ("adapter", 4096, 1e-3 * (384 / 4096) ** 0.75),

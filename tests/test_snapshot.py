@@ -195,7 +195,7 @@ def test_a_new_heads_bias_is_not_called_full():
     optimizer = create_automagic_optimizer(model, lr=1e-3, new_modules=["head"])
     take_steps(optimizer, 1)
     rates = OptimizerSnapshot.take(optimizer).rates_by_role()
-    expected = {"adapter": 2e-3, "new": 4.8e-3, "full": 6e-4}
+    expected = {"adapter": 2e-3, "new": 6.8e-3, "full": 6e-4}
     assert rates == {key: pytest.approx(rate) for key, rate in expected.items()}
 
 

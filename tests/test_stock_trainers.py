@@ -209,4 +209,4 @@ def test_the_banner_shows_a_new_head_at_its_rail(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="hf_automagic"):
         trainer.create_optimizer()
     (head,) = [line.split() for line in banner(caplog).splitlines() if line.startswith("new ")]
-    assert head == ["new", "1", "512", "32x16", "0.0048", "0.0048", "0"]
+    assert head == ["new", "1", "512", "32x16", "0.0068", "0.0068", "0"]

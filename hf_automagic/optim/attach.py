@@ -1,11 +1,13 @@
 """Attach: what a model, or its parameters' names, tell of roles and pairs reaches an optimizer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..config import AutomagicConfig, option_names
+from .freshness import look_trained
 from .groups import fill_group, is_stepped, schedule_factor
 from .pairs import ALIGNED
 
@@ -21,7 +23,7 @@ PER_PARAMETER = (*ALIGNED, "param_names", "block_sizes")  # lists of a group wit
 
 
 def read_names(params: Any, weight_decay: float) -> Any:
-    """Sorts (name, parameter) pairs into groups by role, with pairs; anything else is returned as it is.
+    """Sorts (name, parameter) pairs into groups by role, with pairs; of others it reads whether they are trained.
 
     Raises:
         TypeError: the parameters come as a set, whose order changes between runs.
@@ -33,8 +35,25 @@ def read_names(params: Any, weight_decay: float) -> Any:
             "parameters came as a set, whose order changes between runs, so that no checkpoint would fit; pass a list"
         )
     params = list(params)
-    is_named = bool(params) and all(isinstance(entry, tuple) for entry in params)
-    return READERS["names"](params, weight_decay=weight_decay) if is_named else params
+    if params and all(isinstance(entry, tuple) for entry in params):
+        return READERS["names"](params, weight_decay=weight_decay)
+    return _told_by_values(params if any(isinstance(entry, dict) for entry in params) else [{"params": params}])
+
+
+def _told_by_values(groups: Groups) -> Groups:
+    """Marks groups without a role as pretrained weights where their values show training.
+
+    Where they do not, they may be a new model's, but also the fresh factors of an adapter: their rate lies between.
+    """
+    read = [isinstance(group.get("params"), (list, tuple, Iterator)) for group in groups]
+    groups = [{**g, "params": list(g["params"])} if can else g for g, can in zip(groups, read, strict=True)]
+    bare = [can and not {"role", "is_full_weight"} & g.keys() for g, can in zip(groups, read, strict=True)]
+    every = [p for g, is_bare in zip(groups, bare, strict=True) if is_bare for p in g["params"]]
+    weights = [p for p in every if isinstance(p, Tensor) and p.requires_grad and p.ndim > 1]
+    if not look_trained(weights):
+        return groups
+    told = {"is_full_weight": True, "width": float(median(p.shape[1:].numel() for p in weights))}
+    return [{**told, **g} if is_bare else g for g, is_bare in zip(groups, bare, strict=True)]
 
 
 def attached_groups(
@@ -85,7 +104,8 @@ def _told_parts(
         chosen = [i for i, param in enumerate(entry["params"]) if id(param) in place]
         if chosen:
             here = [place[id(entry["params"][i])] for i in chosen]
-            told = {**entry, **_pick(entry, chosen)}
+            was_fresh = bool(group.get("is_fresh"))  # which training since then does not take back
+            told = {**entry, **_pick(entry, chosen), "is_fresh": entry["is_fresh"] or was_fresh}
             part = fill_group({**brought, **own, **_pick(group, here), **told}, config)
             yield number, part | {"lr": part["initial_lr"] * schedule}
 
@@ -106,7 +126,7 @@ def _pick(group: Mapping[str, Any], chosen: Sequence[int]) -> dict[str, Any]:
 
 def _own_options(group: Mapping[str, Any], config: AutomagicConfig) -> dict[str, Any]:
     """Returns the options that a group was given for itself: those that its role alone does not explain."""
-    plain = fill_group({key: group.get(key) for key in ("role", "is_full_weight", "width")}, config)
+    plain = fill_group({key: group.get(key) for key in ("role", "is_full_weight", "is_fresh", "width")}, config)
     own = {name: group[name] for name in option_names() if name != "lr" and group[name] != plain[name]}
     if group["initial_lr"] == plain["initial_lr"]:
         return own

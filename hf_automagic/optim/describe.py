@@ -22,7 +22,8 @@ def describe(optimizer: Any) -> str:
         rails = _rails(group)
         elements = sum(p.numel() for p in params)
         decay = f"{group['weight_decay']:g}"
-        rows.append((group["role"], str(len(params)), f"{elements:,}", shown, f"{rate:.3g}", rails, decay))
+        role = f"{group['role']}, fresh" if group.get("is_fresh") else group["role"]
+        rows.append((role, str(len(params)), f"{elements:,}", shown, f"{rate:.3g}", rails, decay))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([head, *table, _policy(optimizer), *_backends(optimizer.backends())])

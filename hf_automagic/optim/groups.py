@@ -20,11 +20,11 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
     """Completes a param group: every option that it does not set itself, its role, rails and starting rate.
 
     The group's own rails win; otherwise the upper one follows the role and the width (`Role.rail_scale`), and B of a
-    LoRA has it and its rate scaled by `loraplus_lr_ratio`.
+    LoRA has it and its rate scaled by `loraplus_lr_ratio`. What starts from nothing falls earlier.
 
     Args:
-        group: as given to the optimizer; keys beside the options are `role`, `is_full_weight`, `width` and what
-            peft.py adds.
+        group: as given to the optimizer; keys beside the options are `role`, `is_full_weight`, `is_fresh`, `width`
+            and what peft.py adds.
         config: the optimizer's options.
 
     Raises:
@@ -37,18 +37,22 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
     options = vars(config.replace(**own, lr=float(lr) if not isinstance(lr, Tensor) else config.lr))
     role = _role(group.get("role", Role.ADAPTER))
     is_full_weight = bool(group.get("is_full_weight", role.is_full_weight))
+    is_fresh = is_full_weight and bool(group.get("is_fresh"))
     ratio = options["loraplus_lr_ratio"] if role.is_lora_B else 1.0
-    upper = 1.0 if "max_lr" in own else role.rail_scale(is_full_weight, group.get("width"))
+    upper = 1.0 if "max_lr" in own else role.rail_scale(is_full_weight, group.get("width"), is_fresh)
     max_lr = options["max_lr"] * upper * (1.0 if "max_lr" in own else ratio)
     filled = {
         **group,
         **options,
         "role": role.value,
         "is_full_weight": is_full_weight,
+        "is_fresh": is_fresh,
         "lr": lr * ratio,
         "min_lr": min(options["min_lr"], max_lr),
         "max_lr": max_lr,
     }
+    if "rail_steps" not in own:
+        filled["rail_steps"] = math.ceil(options["rail_steps"] * role.fall_scale(is_full_weight, is_fresh))
     if not (role.decays or "weight_decay" in own):
         filled["weight_decay"] = 0.0
     filled.setdefault("initial_lr", filled["lr"])

@@ -12,7 +12,6 @@ from hf_automagic import AutomagicTrainer
 args = TrainingArguments(
     "runs/full_bf16",
     optim="automagic_8bit",
-    optim_args="max_lr=3e-3",  # these weights are random; leave it out for pretrained ones
     max_steps=60,
     per_device_train_batch_size=8,
     logging_steps=1,

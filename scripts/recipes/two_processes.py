@@ -13,7 +13,7 @@ from hf_automagic import create_automagic_optimizer
 
 accelerator = Accelerator(gradient_accumulation_steps=2, cpu=not torch.cuda.is_available())
 model = causal_model()
-optimizer = create_automagic_optimizer(model, max_lr=3e-3)  # random weights; leave it out for pretrained
+optimizer = create_automagic_optimizer(model)
 data = DataLoader([{k: torch.tensor(v) for k, v in row.items()} for row in rows(480)], batch_size=8)
 model, optimizer, data = accelerator.prepare(model, optimizer, data)
 losses = []

@@ -14,7 +14,10 @@ from .wording import TASKS, marked, rate, span, table, tasks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # what decides where a run of ours ends; a change of it makes lines stale
-DECIDING = tuple(f"hf_automagic/{path}" for path in ("transforms", "kernels", "optim/groups.py", "optim/roles.py"))
+DECIDING = tuple(
+    f"hf_automagic/{path}"
+    for path in ("transforms", "kernels", "optim/groups.py", "optim/roles.py", "optim/freshness.py", "peft.py")
+)
 STARTS = (300, 0)  # horizon and seed at which every starting rate was run
 
 

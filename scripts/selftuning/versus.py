@@ -15,7 +15,7 @@ def null_arm(results: Results) -> Iterator[str]:
         return
     yield "## Does the controller earn its place?\n"
     yield (
-        f"`{OURS}` is the null arm: a rate fixed by role and width, which falls as 1 / sqrt(step) after 100 steps, "
+        f"`{OURS}` is the null arm: a rate fixed by role and width, which falls as 1 / sqrt(step) after `rail_steps`, "
         f"the user's ignored. `{SEARCH}` is the controller, which climbs from the starting rate while gradients agree "
         "with the momentum. Pairs share task, horizon and seed; the difference is the logarithm of the loss of "
         f"`{SEARCH}` over that of `{OURS}`, so above zero the controller is worse. The interval is a 95% percentile "
