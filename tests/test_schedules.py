@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from transformers import SchedulerType, Trainer, TrainerCallback, get_scheduler
 
-from hf_automagic import list_optimizers
+from hf_automagic import Automagic, list_optimizers
 from hf_automagic.callbacks import EffectiveLRCallback, attach
 from tests.tiny_runs import (
     InOrder,
@@ -186,3 +186,14 @@ class TestDisplayedRates:
         assert shown[: top + 1] == sorted(set(shown[: top + 1]))
         assert shown[top:] == sorted(set(shown[top:]), reverse=True)
         assert shown[-1] == pytest.approx(0, abs=5e-6)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_a_schedule_that_climbs_ends_at_the_rail(backend):
+    layer = nn.Linear(8, 8)
+    optimizer = Automagic(layer.parameters(), lr=1e-4, backend=backend, max_lr=1e-3, rail_steps=0)
+    for factor in (0.5, 1.0, 25.0):
+        optimizer.param_groups[0]["lr"] = factor * 1e-4
+        layer(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        torch.testing.assert_close(float(optimizer.param_groups[0]["effective_lr"]), min(factor, 1.0) * 1e-3)

@@ -156,9 +156,14 @@ def searches(group: Mapping[str, Any]) -> bool:
 
 
 def schedule_factor(group: Mapping[str, Any]) -> float | Tensor:
-    """Returns the scheduler's share of the rate, group["lr"] / initial_lr; 0 where the rate starts from 0."""
-    start = group["initial_lr"]
-    return group["lr"] / start if start else 0.0
+    """Returns the scheduler's share of the rate, group["lr"] / initial_lr, at most 1; 0 where the rate starts from 0.
+
+    A one-cycle schedule starts at a 25th of its peak: the rail is the peak of every schedule.
+    """
+    start, lr = group["initial_lr"], group["lr"]
+    if isinstance(lr, Tensor):
+        return (lr / start).clamp_max(1.0) if start else 0.0
+    return min(lr / start, 1.0) if start else 0.0
 
 
 def effective_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Tensor) -> Tensor:
