@@ -12,8 +12,9 @@ What a step moves, in bytes a parameter (g 4 bytes or 2, p likewise, the momentu
 
 Row and column averages add up to 4 bytes a parameter on LoRA of rank 16, nothing on full weights. At 3.0 TB/s, what a
 copy reaches on an H100, that is 0.39 to 0.45 ms (fp32) and 0.22 to 0.28 ms (bf16) for the 41.9M elements of a LoRA of
-rank 16 on all linear layers of Llama-3-8B, and 5.9 ms for 1.1B full weights in bf16. What is measured stands in
-model_cards/speed.jsonl, written by scripts/benchmark_step.py.
+rank 16 on all linear layers of Llama-3-8B, and 5.9 ms for 1.1B full weights in bf16. Measured in bf16 on an H100 on
+2026-11-22: 0.46 ms (write 0.171, residuals 0.093, length 0.074, averages 0.072, squares 0.044) and 7.3 ms; see
+model_cards/speed.jsonl, written by scripts/benchmark_step.py. Thin matrices lie further from the copy's speed.
 
 The third sweep exists because the last clip divides by the RMS of the direction, which no row and column sums tell.
 Every other sweep runs backwards, so that it begins with what the cache still holds.
