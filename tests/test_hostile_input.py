@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_automagic import Automagic
-from hf_automagic.optim.guard import LARGEST_GRADIENT
+from hf_automagic.kernels.support import LARGEST_GRADIENT
 
 SHAPES = [(64, 80), (80, 64), (7,)]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -4,12 +4,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .support import is_interpreted
+from . import support
 
-IS_INTERPRETED = tl.constexpr(is_interpreted())
-IS_NVIDIA = tl.constexpr(torch.version.hip is None and not is_interpreted())
+IS_INTERPRETED = tl.constexpr(support.is_interpreted())
+IS_NVIDIA = tl.constexpr(torch.version.hip is None and not support.is_interpreted())
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-LARGEST_GRADIENT = tl.constexpr(1e14)  # of optim.guard
+LARGEST_GRADIENT = tl.constexpr(support.LARGEST_GRADIENT)
 HALF_MAX = tl.constexpr(65504.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-14)
 TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, ties to even

@@ -18,6 +18,9 @@ from ..transforms.momentum import Momentum
 from ..transforms.second_moment import ClipByRMS, FactoredSecondMoment, FullSecondMoment
 from ..transforms.self_tuning import MeasureAgreement, ScaleByElementRate, ScaleByRate, VoteOnElements
 
+# Squares of larger ones could overflow float32 where they are added up, and stay in the second moment for good: such a
+# gradient counts as non-finite. 3e10 elements of this size still add up.
+LARGEST_GRADIENT = 1e14
 LARGEST_PLAIN = 2**17  # elements of a vector that one program steps in time
 VECTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col")
 

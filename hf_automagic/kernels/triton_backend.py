@@ -99,11 +99,11 @@ class TritonStep:
 
     def are_gradients_in_place(self) -> bool:
         """Whether the gradients still lie where they were seen last."""
-        return _addresses([p.grad for p in self.params]) == self.seen
+        return _places([p.grad for p in self.params])[0] == self.seen
 
     def take_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Notes where the gradients of `params` are; uploads only when one has moved."""
-        addresses, present = _addresses(grads), [grad for grad in grads if grad is not None]
+        addresses, present = _places(grads)
         if self.is_plain and addresses == self.seen and all(map(Tensor.is_contiguous, present)):
             return
         self.seen = list(addresses)
@@ -273,12 +273,12 @@ class TritonStep:
         return look, sweep, [Launch(finish, 1, arguments)]
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Returns where tensors lie, 0 for none; quick where all are there."""
+def _places(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+    """Returns where tensors lie, 0 for none, and those that are there; quick where all are."""
     present = [tensor for tensor in tensors if tensor is not None]
     if len(present) == len(tensors):
-        return list(map(Tensor.data_ptr, present))
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return list(map(Tensor.data_ptr, present)), present
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors], present
 
 
 def _shape(kind: Kind, work: Work) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config import AutomagicConfig, make_config, option_names
+from .names import own_names
 from .roles import Role
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def parameter_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
     """Returns the names of all parameters in order, made up from their role where a group brings none."""
     names: list[str] = []
     for group in groups:
-        own = group.get("param_names") or group.get("names") or ()
+        own = own_names(group)
         names += own or [f"parameter {len(names) + i} ({group['role']})" for i in range(len(group["params"]))]
     return names
 
@@ -160,10 +161,9 @@ def schedule_factor(group: Mapping[str, Any]) -> float | Tensor:
 
     A one-cycle schedule starts at a 25th of its peak: the rail is the peak of every schedule.
     """
-    start, lr = group["initial_lr"], group["lr"]
-    if isinstance(lr, Tensor):
-        return (lr / start).clamp_max(1.0) if start else 0.0
-    return min(lr / start, 1.0) if start else 0.0
+    start = group["initial_lr"]
+    share = group["lr"] / start if start else 0.0
+    return share.clamp_max(1.0) if isinstance(share, Tensor) else min(share, 1.0)
 
 
 def effective_lr(group: Mapping[str, Any], multiplier: Tensor, applied_steps: Tensor) -> Tensor:

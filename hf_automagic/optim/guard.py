@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.support import LARGEST_GRADIENT
 from .distributed import RankSums, local
-
-# Squares of larger ones could overflow float32 where they are added up, and stay in the second moment for good: such a
-# gradient counts as non-finite. 3e10 elements of this size still add up.
-LARGEST_GRADIENT = 1e14
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ def check_names(saved: Iterable[Mapping[str, Any]], own: Iterable[Mapping[str, A
     """
     position = 0
     for theirs, ours in zip(saved, own, strict=False):
-        names, expected = _names(theirs), _names(ours)
+        names, expected = own_names(theirs), own_names(ours)
         if names and expected:
             for i, (name, other) in enumerate(itertools.zip_longest(names, expected)):
                 if name is None or other is None or _bare(name) != _bare(other):
@@ -40,7 +40,8 @@ def check_names(saved: Iterable[Mapping[str, Any]], own: Iterable[Mapping[str, A
         position += len(ours["params"])
 
 
-def _names(group: Mapping[str, Any]) -> Sequence[str]:
+def own_names(group: Mapping[str, Any]) -> Sequence[str]:
+    """Returns the names that a param group brings, none where it was built from bare parameters."""
     return group.get("param_names") or group.get("names") or ()
 
 
