@@ -60,6 +60,21 @@ def reciprocal(x):
 
 
 @triton.jit
+def product(a, b, IS_SUMMED_FIRST: tl.constexpr):
+    """Returns a product that a sum over threads follows.
+
+    A thread with a single product would add the others' to it in one rounding, and the sum's copies in several threads
+    would differ in the last place: it is rounded on its own, unless each thread sums several products first.
+    """
+    if IS_NVIDIA and not IS_SUMMED_FIRST:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return a * b
+
+
+@triton.jit
 def low_byte(x):
     """Rounds |x| < 2^22 to an integer, ties to even, and returns its last 8 bits  # int8"""
     return (x + TO_INTEGER).to(tl.int32, bitcast=True).to(tl.int8)

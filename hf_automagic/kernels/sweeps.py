@@ -15,6 +15,7 @@ from .arithmetic import (
     LARGEST_GRADIENT,
     load_momentum,
     one_minus_power,
+    product,
     sum_three,
 )
 from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
@@ -43,7 +44,7 @@ def sum_squares(
         row = start + tl.arange(0, BR)
         mask = (row < last)[:, None, None] & exists[None, :, :]
         g = tl.load(grad + row[:, None, None] * cols + col[None, :, :], mask=mask, other=0.0).to(tl.float32)
-        squares = g * g
+        squares = product(g, g, EXACT)
         squared += squares
         tl.store(row_sums + row, tl.sum(tl.sum(squares, 2), 1), mask=row < last)
     total = tl.sum(squared, 0)
@@ -94,6 +95,7 @@ def sum_residuals(
     whole = whole * tl.load(clip)
     by_col = by_col * whole
     row_sums = parts + tl.load(line + f.ROW_PARTS) + col_tile * rows
+    moments = vector_at(tl.load(line + f.VECTORS), work)
     uus = tl.zeros([BR, NB, BK], tl.float32)
     ums = tl.zeros([BR, NB, BK], tl.float32)
     mms = tl.zeros([BR, NB, BK], tl.float32)
@@ -111,8 +113,8 @@ def sum_residuals(
         shared_mask = here[:, None] & (block < blocks)[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
-        a, b, c = u * u, u * m, m * m
+        u = g * row_factor(moments, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        a, b, c = product(u, u, EXACT), product(u, m, EXACT), product(m, m, EXACT)
         uus += a
         ums += b
         mms += c
@@ -173,6 +175,8 @@ def sum_steps(
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
     calm = calm / one_minus_power(tl.load(group + f.LOG1), step)
     weight = tl.load(group + f.WEIGHT1)
+    moments = vector_at(tl.load(line + f.VECTORS), work)
+    residuals = vector_at(tl.load(line + f.VECTORS + 2), work)
     total = tl.zeros([BR, NB, BK], tl.float32)
     agreeing = tl.zeros([BR, NB, BK], tl.float32)
     voting = tl.zeros([BR, NB, BK], tl.float32)
@@ -185,9 +189,9 @@ def sum_steps(
         shared_mask = here[:, None] & (block < blocks)[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        u = g * row_factor(moments, divisor, row, here)[:, None, None] * by_col[None, :, :]
         m = m + weight * (u - m)
-        residual = tl.load(vector_at(tl.load(line + f.VECTORS + 2), work) + row, mask=here, other=1.0)
+        residual = tl.load(residuals + row, mask=here, other=1.0)
         d = m * tl.rsqrt(residual / mean)[:, None, None] * calm[None, :, :]
         total += d * d  # without a gradient and a momentum there is no step
         if CAUTIOUS:

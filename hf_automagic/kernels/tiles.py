@@ -99,7 +99,7 @@ def column_factor(line, work, slice_sums, group, step, col, exists):
 
 
 @triton.jit
-def row_factor(line, work, divisor, row, mask):
+def row_factor(moments, divisor, row, mask):
     """Returns 1 / sqrt of the ratios of the rows' second moments to the mean [BR]."""
-    moment = tl.load(vector_at(tl.load(line + f.VECTORS), work) + row, mask=mask, other=0.0)
+    moment = tl.load(moments + row, mask=mask, other=0.0)
     return tl.rsqrt(tl.maximum(moment / divisor, TINY_RATIO))

@@ -43,6 +43,7 @@ REMEMBERED = 16  # places of the scratch for which launches are kept
 # chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
 SQUARES, RESIDUALS, LENGTH = Work(1024, 4), Work(512, 1), Work(512, 1)
 WRITE = Work(1024, 4, registers=80)
+AVERAGES = Work(SLICE, 8)
 
 
 class TritonStep:
@@ -231,7 +232,7 @@ class TritonStep:
         look.append(Launch(decide, 1, (*arguments, *numbers)))
         if kinds:
             arguments = (self.groups, parts, squares, work, self.flag, self.clip, SLICE)
-            sweep.append(Launch(average_squares, n, (*some, *arguments)))
+            sweep.append(Launch(average_squares, n, (*some, *arguments), AVERAGES))
             common = (squares, work, self.flag, self.clip)
             sweep += [
                 matrices(
@@ -241,7 +242,7 @@ class TritonStep:
                 for kind in reversed(kinds)
             ]  # fmt: skip
             arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE)
-            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures)))
+            sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures), AVERAGES))
             common = (squares, residuals, work, self.flag, self.clip)
             sweep += [
                 matrices(

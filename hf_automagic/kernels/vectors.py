@@ -11,10 +11,11 @@ import triton.language as tl
 
 from . import fields as f
 from .arithmetic import CODES_PER_OCTAVE, HIGHEST, LN2, OCTAVES_BELOW, exponent_of, mix, power_of_two, step_key
-from .tiles import STAGES, bound, sum_of, vector_at
+from .tiles import bound, sum_of, vector_at
 
 RESIDUAL_FLOOR = tl.constexpr(2.0**-20)
 ALMOST = tl.constexpr(2.0**-10)
+SHORT = tl.constexpr(64)  # elements of a vector, at most, whose tiles are shared out
 
 
 @triton.jit
@@ -37,17 +38,38 @@ def _slice_of(slices, table):
 
 @triton.jit
 def _sum_parts(parts, plane, count, length, place, mask, PLANES: tl.constexpr, VS: tl.constexpr):
-    """Adds up the partial sums of a slice's elements over all tiles, of one plane or of three  # 3 of [VS]"""
+    """Adds up the partial sums of a slice's elements over all tiles, of one plane or of three  # 3 of [VS]
+
+    A short vector has few elements and many tiles: threads share the tiles. A long one has few tiles.
+    """
     one = tl.zeros([VS], tl.float32)
     two = tl.zeros([VS], tl.float32)
     three = tl.zeros([VS], tl.float32)
-    for tile in tl.range(0, bound(count), num_stages=STAGES):
-        some = parts + tile * length + place
-        one += tl.load(some, mask=mask, other=0.0)
+    if length <= SHORT:
+        one = _sum_short(parts, count, length, VS)
         if PLANES == 3:
-            two += tl.load(some + plane, mask=mask, other=0.0)
-            three += tl.load(some + 2 * plane, mask=mask, other=0.0)
+            two = _sum_short(parts + plane, count, length, VS)
+            three = _sum_short(parts + 2 * plane, count, length, VS)
+    else:
+        for tile in tl.range(0, bound(count)):
+            some = parts + tile * length + place
+            one += tl.load(some, mask=mask, other=0.0)
+            if PLANES == 3:
+                two += tl.load(some + plane, mask=mask, other=0.0)
+                three += tl.load(some + 2 * plane, mask=mask, other=0.0)
     return one, two, three
+
+
+@triton.jit
+def _sum_short(parts, count, length, VS: tl.constexpr):
+    """Adds up the partial sums of a vector of at most SHORT elements; they are repeated to the length of a slice."""
+    tile = tl.arange(0, VS // SHORT)
+    place = tl.arange(0, SHORT)
+    total = tl.zeros([VS // SHORT, SHORT], tl.float32)
+    for first in tl.range(0, bound(count), VS // SHORT):
+        there = (first + tile < count)[:, None] & (place < length)[None, :]
+        total += tl.load(parts + (first + tile)[:, None] * length + place[None, :], mask=there, other=0.0)
+    return tl.reshape(tl.broadcast_to(tl.sum(total, 0)[None, :], VS // SHORT, SHORT), VS)
 
 
 @triton.jit

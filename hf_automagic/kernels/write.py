@@ -89,6 +89,8 @@ def write_steps(
             centre = round_even(sum_of(mine + f.SUM_OFFSETS * n_tiles, count, 256) / numel)
     calm = calm * reach
     weight = tl.load(group + f.WEIGHT1)
+    moments = vector_at(tl.load(line + f.VECTORS), work)
+    residuals = vector_at(tl.load(line + f.VECTORS + 2), work)
     changes = tl.zeros([BR, NB, BK], tl.float32)
     for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
         row = start + tl.arange(0, BR)
@@ -99,14 +101,14 @@ def write_steps(
         shared_mask = here[:, None] & (block < blocks)[None, :]
         g = tl.load(grad + offsets, mask=mask, other=0.0).to(tl.float32)
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        residual = tl.load(vector_at(tl.load(line + f.VECTORS + 2), work) + row, mask=here, other=1.0)
+        residual = tl.load(residuals + row, mask=here, other=1.0)
         by_row = tl.rsqrt(residual / mean)
         if GAINS:
             gain = tl.load(gains + 2 * tensor)
             if gain != 0:
                 stride = tl.load(gains + 2 * tensor + 1)
                 by_row = by_row * tl.load(gain.to(tl.pointer_type(tl.float32)) + row * stride, mask=here, other=1.0)
-        u = g * row_factor(line, work, divisor, row, here)[:, None, None] * by_col[None, :, :]
+        u = g * row_factor(moments, divisor, row, here)[:, None, None] * by_col[None, :, :]
         new = m + weight * (u - m)
         update = new * by_row[:, None, None] * calm[None, :, :]
         if CAUTIOUS:
