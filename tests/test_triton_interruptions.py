@@ -30,7 +30,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Callable[[], N
 
 
 @runs_kernels
-@pytest.mark.parametrize("number", [0, 2, 4, 6, 7, 8, 9])
+@pytest.mark.parametrize("number", [0, 2, 4, 5, 6, 7, 8])
 def test_an_interrupted_step_goes_on_with_the_launch_that_was_next(monkeypatch, number):
     case, dtype, shapes = CASES[0], torch.float32, [(16, 64), (17,)]
     twins = [build(parameters(dtype, shapes), case, "triton") for _ in range(2)]

@@ -94,11 +94,15 @@ SUM_UPDATE = tl.constexpr(1)
 SUM_AGREEMENT = tl.constexpr(2)
 SUM_MOMENTUM = tl.constexpr(3)
 SUM_OFFSETS = tl.constexpr(4)
-SUM_STEP = tl.constexpr(5)
-SUM_AGREEING = tl.constexpr(6)
-SUM_VOTING = tl.constexpr(7)
-SUM_CHANGE = tl.constexpr(8)  # squared changes of the weights
-SUM_PLANES = tl.constexpr(9)
+SUM_AGREEING = tl.constexpr(5)
+SUM_VOTING = tl.constexpr(6)
+SUM_CHANGE = tl.constexpr(7)  # squared changes of the weights
+SUM_PLANES = tl.constexpr(8)
+
+# planes of the sums of the residuals' slices, float32, one number for each slice
+SLICE_MOMENTUM = tl.constexpr(1)  # squared
+SLICE_WEIGHTED = tl.constexpr(2)  # the same over the averages
+SLICE_PLANES = tl.constexpr(3)
 
 # float32, one line for each param group: sums of what is not stepped by the kernels
 CHANGE = tl.constexpr(3)  # after those of the agreement

@@ -27,8 +27,7 @@ VECTORS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_c
 # the chains that are fused; what is optional may be missing
 _END = (Cautious, ScaleByElementRate, ScaleByRate, DecoupledWeightDecay, CautiousWeightDecay)
 _MATRIX = (
-    FactoredSecondMoment, ClipByRMS, MeasureAgreement, VoteOnElements, Momentum, Confidence, ClipByRMS, ScaleByRowGain,
-    *_END,
+    FactoredSecondMoment, ClipByRMS, MeasureAgreement, VoteOnElements, Momentum, Confidence, ScaleByRowGain, *_END,
 )  # fmt: skip
 _VECTOR = (FullSecondMoment, ClipByRMS, MeasureAgreement, VoteOnElements, Momentum, ScaleByRowGain, *_END)
 _OPTIONAL = {MeasureAgreement, VoteOnElements, ScaleByRowGain, *_END} - {ScaleByRate}
@@ -94,7 +93,7 @@ def _is_usual(transform: Transform) -> bool:
         case Momentum():
             return transform.corrected
         case Confidence():
-            return transform.corrected and transform.floor == RESIDUAL_FLOOR
+            return transform.corrected and transform.clips and transform.floor == RESIDUAL_FLOOR
         case Cautious():
             return transform.floor == SMALLEST_SHARE
     return True

@@ -1,6 +1,6 @@
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # the types of triton.jit functions are of the compiler that runs them, not of Python
-"""The four sweeps over all matrices: squares, residuals, the direction's length, the write.
+"""The sweeps over all matrices that measure: squares, residuals, and, for the cautious mask alone, what agrees.
 
 Each program owns a tile and walks down its rows. What crosses tiles is written to `parts` (rows and columns) and to
 `sums` (one number for each tile), added up by a later launch in a fixed order: never by atomics, so that two runs give
@@ -14,11 +14,10 @@ from . import fields as f
 from .arithmetic import (
     LARGEST_GRADIENT,
     load_momentum,
-    one_minus_power,
     product,
     sum_three,
 )
-from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
+from .tiles import STAGES, bound, column_factor, find_tile, row_factor, typed, vector_at
 
 LOG_RATIO = tl.constexpr(0.036119373230094835)  # of the element mask, 4 ln 10 / 255
 CENTRE = tl.constexpr(128.0)
@@ -144,21 +143,11 @@ def sum_residuals(
 
 
 @triton.jit
-def confidence(line, work, residual_sums, group, step, col, exists):
-    """Returns 1 / sqrt of the columns' unbiased residuals [NB, BK] and the mean of the rows'."""
-    first = residual_sums + tl.load(line + f.FIRST_SLICE)
-    mean = sum_of(first, tl.load(line + f.ROW_SLICES), 64) / tl.load(line + f.ROWS).to(tl.float32)
-    moment = tl.load(vector_at(tl.load(line + f.VECTORS + 3), work) + col, mask=exists, other=1.0)
-    return tl.rsqrt(moment / one_minus_power(tl.load(group + f.LOG3), step)), mean
-
-
-@triton.jit
-def sum_steps(
-    tiles, table, grads, groups, stats, sums, n_tiles, slice_sums, residual_sums, work, finite, clip,
-    DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
-    KIND: tl.constexpr, CAUTIOUS: tl.constexpr,
+def count_agreement(
+    tiles, table, grads, groups, stats, sums, n_tiles, slice_sums, work, finite, clip,
+    DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 3: the sum of d^2, d the direction before its last clip, and how many elements agree with it."""
+    """For the cautious mask alone: how many elements of the new momentum agree with the gradient, and have a say."""
     tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists = find_tile(
         tiles, table, NB, BK, EXACT, False
     )
@@ -172,12 +161,8 @@ def sum_steps(
     step = tl.load(tl.load(line + f.STEP).to(tl.pointer_type(tl.float32))) + 1.0
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
     by_col = by_col * (whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED))
-    calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
-    calm = calm / one_minus_power(tl.load(group + f.LOG1), step)
     weight = tl.load(group + f.WEIGHT1)
     moments = vector_at(tl.load(line + f.VECTORS), work)
-    residuals = vector_at(tl.load(line + f.VECTORS + 2), work)
-    total = tl.zeros([BR, NB, BK], tl.float32)
     agreeing = tl.zeros([BR, NB, BK], tl.float32)
     voting = tl.zeros([BR, NB, BK], tl.float32)
     for start in tl.range(bound(first), bound(last), BR, num_stages=STAGES):
@@ -191,14 +176,8 @@ def sum_steps(
         m = load_momentum(codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
         u = g * row_factor(moments, divisor, row, here)[:, None, None] * by_col[None, :, :]
         m = m + weight * (u - m)
-        residual = tl.load(residuals + row, mask=here, other=1.0)
-        d = m * tl.rsqrt(residual / mean)[:, None, None] * calm[None, :, :]
-        total += d * d  # without a gradient and a momentum there is no step
-        if CAUTIOUS:
-            agreeing += (((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32)
-            voting += ((m != 0) & (g != 0)).to(tl.float32)
+        agreeing += (((m > 0) & (g > 0)) | ((m < 0) & (g < 0))).to(tl.float32)
+        voting += ((m != 0) & (g != 0)).to(tl.float32)
     mine = sums + tl.load(line + f.FIRST_TILE) + place
-    tl.store(mine + f.SUM_STEP * n_tiles, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
-    if CAUTIOUS:
-        tl.store(mine + f.SUM_AGREEING * n_tiles, tl.sum(tl.sum(tl.sum(agreeing, 2), 1), 0))
-        tl.store(mine + f.SUM_VOTING * n_tiles, tl.sum(tl.sum(tl.sum(voting, 2), 1), 0))
+    tl.store(mine + f.SUM_AGREEING * n_tiles, tl.sum(tl.sum(tl.sum(agreeing, 2), 1), 0))
+    tl.store(mine + f.SUM_VOTING * n_tiles, tl.sum(tl.sum(tl.sum(voting, 2), 1), 0))

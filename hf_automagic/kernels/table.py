@@ -197,7 +197,8 @@ class Tables:
     def sizes(self) -> tuple[int, ...]:
         """Returns the float32 elements of parts, work, sums and the two sums of slices; each ends on 256 bytes."""
         planes = f.SUM_PLANES.value * self.tiles
-        return tuple(-(-size // 64) * 64 for size in (3 * self.places, self.work_size, planes, *[self.n_slices] * 2))
+        slices = (self.n_slices, f.SLICE_PLANES.value * self.n_slices)
+        return tuple(-(-size // 64) * 64 for size in (3 * self.places, self.work_size, planes, *slices))
 
     @property
     def scratch_size(self) -> int:

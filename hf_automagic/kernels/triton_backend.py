@@ -6,18 +6,18 @@ What a step moves, in bytes a parameter (g 4 bytes or 2, p likewise, the momentu
 |---|---|---|---|
 | 1 squares | g | 4 | 2 |
 | 2 residuals | g, code | 5 | 3 |
-| 3 length | g, code | 5 | 3 |
-| 4 write | g, p, code; p, code | 14 | 8 |
-| all | | 28 | 16 |
+| 3 write | g, p, code; p, code | 14 | 8 |
+| all | | 23 | 13 |
 
 Row and column averages add up to 4 bytes a parameter on LoRA of rank 16, nothing on full weights. At 3.0 TB/s, what a
-copy reaches on an H100, that is 0.39 to 0.45 ms (fp32) and 0.22 to 0.28 ms (bf16) for the 41.9M elements of a LoRA of
-rank 16 on all linear layers of Llama-3-8B, and 5.9 ms for 1.1B full weights in bf16. Measured in bf16 on an H100 on
-2026-11-22: 0.46 ms (write 0.171, residuals 0.093, length 0.074, averages 0.072, squares 0.044) and 7.3 ms; see
-model_cards/speed.jsonl, written by scripts/benchmark_step.py. Thin matrices lie further from the copy's speed.
+copy reaches on an H100, that is 0.32 to 0.38 ms (fp32) and 0.18 to 0.24 ms (bf16) for the 41.9M elements of a LoRA of
+rank 16 on all linear layers of Llama-3-8B, and 4.8 ms for 1.1B full weights in bf16. Measured in bf16 on an H100 on
+2026-11-22: XXX ms (write XXX, residuals XXX, averages XXX, squares XXX) and XXX ms; see model_cards/speed.jsonl,
+written by scripts/benchmark_step.py. Thin matrices lie further from the copy's speed.
 
-The third sweep exists because the last clip divides by the RMS of the direction, which no row and column sums tell.
-Every other sweep runs backwards, so that it begins with what the cache still holds.
+The last clip divides by the RMS of the direction. Row and column sums do not tell it, but nearly (see
+`transforms.Confidence`), which spares a sweep. The cautious mask needs one more, to count what agrees. The second sweep
+runs backwards, so that it begins with what the cache still holds.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from .decide import decide, finish
 from .launch import IS_DIRECT, Launch, Work, current_stream
 from .plain import check_plain, step_plain
 from .support import Stacked, is_interpreted
-from .sweeps import sum_residuals, sum_squares, sum_steps
+from .sweeps import count_agreement, sum_residuals, sum_squares
 from .table import PURPOSES, SLICE, Kind, Tables
 from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
@@ -41,7 +41,7 @@ from .write import write_steps
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 REMEMBERED = 16  # places of the scratch for which launches are kept
 # chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
-SQUARES, RESIDUALS, LENGTH = Work(1024, 4), Work(512, 1), Work(512, 1)
+SQUARES, RESIDUALS, AGREEMENT = Work(1024, 4), Work(512, 1), Work(512, 1)
 WRITE = Work(1024, 4, registers=80)
 AVERAGES = Work(SLICE, 8)
 
@@ -241,22 +241,22 @@ class TritonStep:
                 )
                 for kind in reversed(kinds)
             ]  # fmt: skip
-            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, work, self.flag, SLICE)
+            arguments = (parts, t.places, sums, t.tiles, self.stats, residuals, n, work, self.flag, SLICE)
             sweep.append(Launch(average_residuals, n, (*some, self.groups, *arguments, t.measures), AVERAGES))
-            common = (squares, residuals, work, self.flag, self.clip)
             sweep += [
                 matrices(
-                    sum_steps, LENGTH, kind, self.groups, self.stats, sums, t.tiles, *common,
-                    *_shape(kind, LENGTH), kind.codec, kind.cautious,
+                    count_agreement, AGREEMENT, kind, self.groups, self.stats, sums, t.tiles, *common,
+                    *_shape(kind, AGREEMENT), kind.codec,
                 )
-                for kind in kinds
+                for kind in kinds if kind.cautious
             ]  # fmt: skip
+            arguments = (*group, sums, t.tiles, squares, residuals, n, work, self.flag, self.clip)
             sweep += [
                 matrices(
-                    write_steps, WRITE, kind, self.gains, *group, sums, t.tiles, *common, *_shape(kind, WRITE),
+                    write_steps, WRITE, kind, self.gains, *arguments, *_shape(kind, WRITE),
                     kind.codec, kind.elements, kind.cautious, kind.gains, kind.rounds, kind.cautious_decay,
                 )
-                for kind in reversed(kinds)
+                for kind in kinds
             ]  # fmt: skip
         for kind in plain:
             of = t.programs[kind]

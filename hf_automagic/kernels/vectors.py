@@ -114,12 +114,13 @@ def average_squares(slices, table, grads, groups, parts, slice_sums, work, finit
 
 @triton.jit
 def average_residuals(
-    slices, table, grads, groups, parts, plane, sums, n_tiles, stats, slice_sums, work, finite,
+    slices, table, grads, groups, parts, plane, sums, n_tiles, stats, residual_sums, n_slices, work, finite,
     VS: tl.constexpr, MEASURES: tl.constexpr,
 ):  # fmt: skip
     """After sweep 2: the clip s of the update, R' and C', the averages of (u - m')^2, and the pooled sums.
 
-    sum (u - m')^2 = beta1^2 (s^2 sum u^2 - 2 s sum u m + sum m^2), u before its clip, m the momentum before this step.
+    sum (u - m')^2 = beta1^2 (s^2 sum u^2 - 2 s sum u m + sum m^2), u before its clip, m the momentum before this step,
+    and likewise sum m'^2, for the length of the direction (see `transforms.Confidence`).
     """
     tensor, line, side, first, length, other, count, part = _slice_of(slices, table)
     steps = (tl.load(grads + tensor) != 0) & (tl.load(finite) != 0)
@@ -146,7 +147,13 @@ def average_residuals(
     seen = tl.maximum(seen, RESIDUAL_FLOOR * (mean_square * s * s)) + tl.load(group + f.EPS)
     new = tl.where(mask, old + tl.load(group + f.WEIGHT3) * (seen - old), 0.0)
     tl.store(vector_at(tl.load(line + f.VECTORS + 2 + side), work) + place, new, mask=mask & steps)
-    tl.store(slice_sums + tl.program_id(0), tl.sum(new, 0), mask=steps)
+    kept, added = beta1, s * tl.load(group + f.WEIGHT1)
+    momentum = tl.maximum(kept * kept * mm + 2.0 * (kept * added) * um + added * added * uu, 0.0)
+    momentum = tl.where(mask, momentum, 0.0)
+    here = residual_sums + tl.program_id(0)
+    tl.store(here, tl.sum(new, 0), mask=steps)
+    tl.store(here + f.SLICE_MOMENTUM * n_slices, tl.sum(momentum, 0), mask=steps)
+    tl.store(here + f.SLICE_WEIGHTED * n_slices, tl.sum(momentum / tl.where(mask, new, 1.0), 0), mask=steps)
 
 
 @triton.jit

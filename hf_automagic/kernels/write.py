@@ -15,7 +15,7 @@ from .arithmetic import (
     step_key,
     store_momentum,
 )
-from .sweeps import CENTRE, LOG_RATIO, confidence, voted
+from .sweeps import CENTRE, LOG_RATIO, voted
 from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
 
 
@@ -47,15 +47,38 @@ def shrink_and_store(
 
 
 @triton.jit
+def confidence(line, work, residual_sums, group, step, col, exists):
+    """Returns 1 / sqrt of the columns' unbiased residuals [NB, BK] and the mean of the rows'."""
+    first = residual_sums + tl.load(line + f.FIRST_SLICE)
+    mean = sum_of(first, tl.load(line + f.ROW_SLICES), 64) / tl.load(line + f.ROWS).to(tl.float32)
+    moment = tl.load(vector_at(tl.load(line + f.VECTORS + 3), work) + col, mask=exists, other=1.0)
+    return tl.rsqrt(moment / one_minus_power(tl.load(group + f.LOG3), step)), mean
+
+
+@triton.jit
+def direction_length(line, residual_sums, n_slices, group, step, mean):
+    """Returns the RMS of the direction as `transforms.Confidence` estimates it, without the momentum's correction."""
+    first = residual_sums + tl.load(line + f.FIRST_SLICE)
+    rows, cols = tl.load(line + f.ROW_SLICES), tl.load(line + f.COL_SLICES)
+    total = sum_of(first + f.SLICE_MOMENTUM * n_slices, rows, 64)
+    by_row = sum_of(first + f.SLICE_WEIGHTED * n_slices, rows, 64)
+    by_col = sum_of(first + f.SLICE_WEIGHTED * n_slices + rows, cols, 64)
+    numel = tl.load(line + f.ROWS).to(tl.float32) * tl.load(line + f.COLS).to(tl.float32)
+    weighted = (by_row * mean) * (by_col * one_minus_power(tl.load(group + f.LOG3), step))
+    return tl.sqrt(weighted / tl.where(total > 0, total, 1.0) / numel)
+
+
+@triton.jit
 def write_steps(
-    tiles, table, grads, gains, groups, rates, stats, sums, n_tiles, slice_sums, residual_sums, work, finite, clip,
+    tiles, table, grads, gains, groups, rates, stats, sums, n_tiles, slice_sums, residual_sums, n_slices,
+    work, finite, clip,
     DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
     KIND: tl.constexpr, ELEMENTS: tl.constexpr, CAUTIOUS: tl.constexpr, GAINS: tl.constexpr, ROUND: tl.constexpr,
     CAUTIOUS_DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Sweep 4: the new momentum in its codes, the element rates, the step."""
+    """Sweep 3: the new momentum in its codes, the element rates, the step."""
     tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists = find_tile(
-        tiles, table, NB, BK, EXACT, True
+        tiles, table, NB, BK, EXACT, False
     )
     mine = sums + tl.load(line + f.FIRST_TILE)
     address = tl.load(grads + tensor)
@@ -76,8 +99,10 @@ def write_steps(
     calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
     count = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
     numel = rows.to(tl.float32) * cols.to(tl.float32)
-    length = tl.sqrt(sum_of(mine + f.SUM_STEP * n_tiles, count, 256) / numel)
-    reach = lr / (one_minus_power(tl.load(group + f.LOG1), step) * tl.maximum(length, 1.0))
+    # length / corrected is the RMS of the direction
+    corrected = one_minus_power(tl.load(group + f.LOG1), step)
+    length = direction_length(line, residual_sums, n_slices, group, step, mean)
+    reach = lr / tl.maximum(length, corrected)
     if CAUTIOUS:
         agreeing = sum_of(mine + f.SUM_AGREEING * n_tiles, count, 256)
         voting = sum_of(mine + f.SUM_VOTING * n_tiles, count, 256)

@@ -47,7 +47,7 @@ def _direction(config: AutomagicConfig, is_matrix: bool) -> Chain:
     if config.came_mode == "paper":
         return _came_of_the_paper(config, is_matrix)
     _, beta2, beta3 = config.betas
-    steady = (Confidence(beta3, config.eps[1]), ClipByRMS(1.0)) if is_matrix else ()
+    steady = (Confidence(beta3, config.eps[1]),) if is_matrix else ()
     return (
         FactoredSecondMoment(beta2) if is_matrix and config.factored else FullSecondMoment(beta2),
         ClipByRMS(config.clip_threshold),
@@ -108,7 +108,7 @@ def _came_of_the_paper(config: AutomagicConfig, is_matrix: bool) -> Chain:
     _, beta2, beta3 = config.betas
     eps1, eps2, _ = config.eps
     moment = FactoredSecondMoment if is_matrix else FullSecondMoment
-    steady = (Confidence(beta3, eps2, floor=0.0, corrected=False),) if is_matrix else ()
+    steady = (Confidence(beta3, eps2, floor=0.0, corrected=False, clips=False),) if is_matrix else ()
     return (
         moment(beta2, eps=eps1, corrected=False),
         ClipByRMS(config.clip_threshold),

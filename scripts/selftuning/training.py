@@ -64,7 +64,8 @@ class Run:
     def __init__(self, job: Job, folder: Path, device: torch.device) -> None:
         """Builds model, optimizer and everything that a step reads, on the device."""
         self.job, self.device, self.task, arm = job, device, TASKS[job.task], ARMS[job.arm]
-        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        # one of its own, so that it can be recorded; bitsandbytes launches on the usual one, whatever is current
+        self.stream = torch.cuda.Stream() if arm.records and device.type == "cuda" else None
         with self._on_stream():
             self.model = self.task.build(folder, job.seed).to(device).train()
             (train, test), self.params = self.task.data(folder), trainable(self.model)
@@ -76,7 +77,7 @@ class Run:
             self.t = torch.zeros((), dtype=torch.int64, device=device)
             self.losses = torch.full((job.horizon,), torch.nan, device=device)
             self.rates = torch.full((job.horizon,), torch.nan, device=device)
-        self.records, self.scheduled = arm.records and self.stream is not None, arm.scheduled
+        self.records, self.scheduled = self.stream is not None, arm.scheduled
         self.done, self.graph = 0, None
         if self.records:
             for group, start in zip(self.optimizer.param_groups, self.starts, strict=True):

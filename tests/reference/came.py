@@ -102,11 +102,12 @@ def combine_scales(momenta: dict[float, Tensor], beta1: float, t: int) -> Tensor
 def confidence(
     u: Tensor, m: Tensor, m_hat: Tensor, row: Tensor, col: Tensor, beta3: float, eps2: float, t: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Shrinks the momentum where the gradient disagrees with it, then caps the RMS of the direction at 1.
+    """Shrinks the momentum where the gradient disagrees with it, then caps the direction at an RMS of about 1.
 
     U = (u - m)^2 with the clipped u and the new, uncorrected m; its means have the floor f = 2^-20 mean(u^2):
     R' <- b3 R' + (1 - b3) (max(mean_j U, f) + e2),  C' likewise over rows,
-    d = m_hat * rsqrt(R'_i / mean(R')) * rsqrt(C'_j / (1 - b3^t)),  d / max(1, rms(d)).
+    d = m_hat * rsqrt(R'_i / mean(R')) * rsqrt(C'_j / (1 - b3^t)),  d / max(1, rms(d)), with the RMS that d would have
+    if m_hat^2 were the product of its marginals.
     """
     instability = (u - m).square()
     floor = INSTABILITY_FLOOR * u.square().mean()
@@ -114,7 +115,10 @@ def confidence(
     col = ema(col, torch.maximum(instability.mean(dim=0), floor) + eps2, beta3)
     row_factor = (row / row.mean()).rsqrt()
     col_factor = (col / (1 - beta3**t)).rsqrt()
-    return clip_by_rms(m_hat * row_factor[:, None] * col_factor[None, :], 1.0), row, col
+    squares = m_hat.square()
+    separable = torch.outer(squares.sum(dim=1), squares.sum(dim=0)) / squares.sum().clamp_min(1e-300)
+    size = (separable * row_factor.square()[:, None] * col_factor.square()[None, :]).mean().sqrt()
+    return m_hat * row_factor[:, None] * col_factor[None, :] / size.clamp_min(1.0), row, col
 
 
 # the modes for tests
