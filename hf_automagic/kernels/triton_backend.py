@@ -15,9 +15,9 @@ rank 16 on all linear layers of Llama-3-8B, and 4.8 ms for 1.1B full weights in 
 2026-11-22: XXX ms (write XXX, residuals XXX, averages XXX, squares XXX) and XXX ms; see model_cards/speed.jsonl,
 written by scripts/benchmark_step.py. Thin matrices lie further from the copy's speed.
 
-The last clip divides by the RMS of the direction. Row and column sums do not tell it, but nearly (see
-`transforms.Confidence`), which spares a sweep. The cautious mask needs one more, to count what agrees. The second sweep
-runs backwards, so that it begins with what the cache still holds.
+The last clip divides by the RMS of the direction, which row and column sums tell nearly (see `transforms.Confidence`):
+that spares a sweep. The cautious mask needs one more, to count what agrees. The second sweep runs backwards, so that
+it begins with what the cache still holds.
 """
 
 import contextlib
