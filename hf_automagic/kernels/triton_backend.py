@@ -42,7 +42,7 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 REMEMBERED = 16  # places of the scratch for which launches are kept
 # chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
 SQUARES, RESIDUALS, AGREEMENT = Work(1024, 4), Work(512, 1), Work(512, 1)
-WRITE = Work(1024, 4, registers=80)
+WRITE = Work(512, 2, registers=80)
 AVERAGES = Work(SLICE, 8)
 
 
