@@ -43,14 +43,14 @@ def random_halves(key, position, PAIRED: tl.constexpr):
     Args:
         key: from `step_key`.
         position: of each element within its parameter.
-        PAIRED: whether along the last axis, of even length, positions count on from an even one: then a pair's bits
-            are mixed once, which no compiler would see.
+        PAIRED: whether along the last axis each position at an even place is even, and the next is its neighbour: then
+            a pair's bits are mixed once, which the compiler would not see.
     """
     place = position.to(tl.uint32)
     if PAIRED:
-        even, _ = tl.split(tl.reshape(place, place.shape[:-1] + [place.shape[-1] // 2, 2]))
+        even, _ = tl.split(tl.reshape(place, [place.numel // 2, 2]))
         both = mix(even * 0x9E3779B1 + key)
-        return tl.interleave(both & 0xFFFF, both >> 16)
+        return tl.reshape(tl.interleave(both & 0xFFFF, both >> 16), place.shape)
     else:
         both = mix((place & 0xFFFFFFFE) * 0x9E3779B1 + key)
         return (both >> ((place & 1) * 16)) & 0xFFFF

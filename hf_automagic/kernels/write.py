@@ -52,7 +52,7 @@ def write_steps(
     tiles, table, grads, gains, groups, rates, stats, sums, n_tiles, slice_sums, residual_sums, work, finite, clip,
     DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
     KIND: tl.constexpr, ELEMENTS: tl.constexpr, CAUTIOUS: tl.constexpr, GAINS: tl.constexpr, ROUND: tl.constexpr,
-    CAUTIOUS_DECAY: tl.constexpr,
+    CAUTIOUS_DECAY: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Sweep 4: the new momentum in its codes, the element rates, the step."""
     tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists = find_tile(
@@ -123,5 +123,5 @@ def write_steps(
             tl.store(elements + offsets, (k + CENTRE).to(tl.uint8), mask=mask)
             update = update * tl.exp(k * LOG_RATIO)
         store_momentum(new, codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY, EXACT)
+        changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY, PAIRED)
     tl.store(mine + f.SUM_CHANGE * n_tiles + place, tl.sum(tl.sum(tl.sum(changes, 2), 1), 0))
