@@ -30,6 +30,9 @@ def random_halves(keys: Tensor, offset: int, numel: int) -> Tensor:
         offset: position of the first element within its parameter, even or odd.
         numel: how many positions.
     """
+    if torch.compiler.is_compiling():  # within the loop that rounds: a stack of halves would be a loop of its own
+        position = torch.arange(offset, offset + numel, device=keys.device, dtype=torch.int64)
+        return ((_bits_at(position & ~1, keys) >> (position & 1) * 16) & 0xFFFF).to(torch.int32)
     surplus = offset % 2  # the even neighbour of the first position, which is cut off again
     even = torch.arange(offset - surplus, offset + numel, 2, device=keys.device, dtype=torch.int64)
     halves = _bits_at(even, keys).to(torch.int32).view(torch.int16)  # the lower half lies first
