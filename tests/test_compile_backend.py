@@ -9,6 +9,7 @@ import torch
 from hf_automagic import Automagic
 from hf_automagic.kernels import compile_backend
 from hf_automagic.kernels.choice import bit_mask, choose, choose_or_zero
+from hf_automagic.quantization import random_halves, step_keys
 
 SHAPES = [(16, 512), (16, 512), (40, 130), (17,)]
 
@@ -38,6 +39,14 @@ def test_one_graph_a_bucket_computes_what_eager_stacks_compute(dtype):
     for a, b, start in zip(eager, compiled, starts, strict=True):
         way = (a.detach() - start.detach()).float().norm()
         assert float((a - b).detach().float().norm()) <= (1e-4 if dtype == torch.float32 else 2e-2) * float(way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("offset", "numel"), [(0, 99), (7, 100)])
+def test_a_graph_draws_what_eager_code_draws(offset: int, numel: int):
+    keys = step_keys(3, torch.arange(3), torch.ones(3))
+    drawn = torch.compile(random_halves, dynamic=False)(keys, offset, numel)
+    assert torch.equal(drawn, random_halves(keys, offset, numel))
 
 
 @pytest.mark.slow

@@ -1,18 +1,20 @@
 """Stochastic rounding: a neighbour, without bias, the same on every rank, and nothing where nothing is to round."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_automagic.quantization import keys_for, random_bits, round_stochastically, step_keys
+from hf_automagic.quantization import keys_for, random_bits, random_halves, round_stochastically, step_keys
 
 DTYPES = [torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def bits_for(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return random_bits(torch.tensor([seed]), 0, values.numel()).view(values.shape)
+    return random_halves(torch.tensor([seed]), 0, values.numel()).view(values.shape)
 
 
 def every_number_of(dtype: torch.dtype) -> torch.Tensor:
@@ -65,11 +67,26 @@ def test_nan_and_infinity_pass(dtype: torch.dtype):
     assert rounded[1:].tolist() == [torch.inf, -torch.inf]
 
 
-def test_random_bits_depend_on_the_position_alone():
+@each_dtype
+def test_a_nan_of_any_pattern_stays_one(dtype: torch.dtype):
+    patterns = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    assert round_stochastically(patterns, dtype, torch.full((4,), 0xFFFF, dtype=torch.int32)).isnan().all()
+
+
+@pytest.mark.parametrize("draw", [random_bits, random_halves])
+def test_draws_depend_on_the_position_alone(draw: Callable[[torch.Tensor, int, int], torch.Tensor]):
     keys = step_keys(3, torch.tensor([0, 7]), torch.tensor([5.0, 5.0]))
-    whole = random_bits(keys, 0, 100)
-    assert torch.equal(torch.cat([random_bits(keys, 0, 33), random_bits(keys, 33, 67)], 1), whole)
-    assert torch.equal(random_bits(keys[1:], 0, 100), whole[1:])
+    whole = draw(keys, 0, 101)
+    pieces = [draw(keys, first, numel) for first, numel in ((0, 33), (33, 40), (73, 0), (73, 27), (100, 1))]
+    assert torch.equal(torch.cat(pieces, 1), whole)
+    assert torch.equal(draw(keys[1:], 0, 101), whole[1:])
+
+
+def test_two_neighbours_take_the_halves_of_the_even_ones_bits():
+    keys = step_keys(0, torch.arange(2), torch.ones(2))
+    bits, halves = random_bits(keys, 0, 100)[:, ::2], random_halves(keys, 0, 100)
+    assert torch.equal(halves[:, ::2], bits & 0xFFFF)
+    assert torch.equal(halves[:, 1::2], bits >> 16)
 
 
 def test_every_seed_parameter_step_and_use_draws_anew():
@@ -86,3 +103,18 @@ def test_random_bits_are_uniform():
         assert abs(float((bits >> position & 1).double().mean()) - 0.5) < 0.005
     uncorrelated = torch.corrcoef(bits.double())
     assert (uncorrelated - torch.eye(4)).abs().max() < 0.02
+
+
+def test_the_draws_of_two_neighbours_are_uniform_and_independent():
+    halves = random_halves(step_keys(0, torch.arange(2), torch.ones(2)), 0, 100_000)
+    assert int(halves.min()) >= 0
+    assert int(halves.max()) < 2**16
+    for numbers in (halves, halves & 0x1FFF):  # what bfloat16 and what float16 needs
+        ends = numbers.view(2, 50_000, 2).mT.flatten(0, 1).double()  # each parameter's even and odd positions
+        assert (ends.mean(1) / ((numbers.max() + 1) / 2) - 1).abs().max() < 0.01
+        shares = torch.stack([torch.histc(row, 64) for row in ends]) / (50_000 / 64)
+        assert (shares - 1).abs().max() < 0.15  # five deviations
+        assert (torch.corrcoef(ends) - torch.eye(4)).abs().max() < 0.02
+    for bit in range(16):
+        pairs = (halves >> bit & 1).view(-1, 2).double().T
+        assert abs(float(torch.corrcoef(pairs)[0, 1])) < 0.015

@@ -37,9 +37,23 @@ def step_key(seed, number, step):
 
 
 @triton.jit
-def random_bits(key, position):
-    """Uniform 32 bits for each position, `rounding.random_bits`  # uint32"""
-    return mix(position.to(tl.uint32) * 0x9E3779B1 + key)
+def random_halves(key, position, PAIRED: tl.constexpr):
+    """Uniform 16 bits for each position, `rounding.random_halves`  # uint32
+
+    Args:
+        key: from `step_key`.
+        position: of each element within its parameter.
+        PAIRED: whether along the last axis each position at an even place is even, and the next is its neighbour: then
+            a pair's bits are mixed once, which the compiler would not see.
+    """
+    place = position.to(tl.uint32)
+    if PAIRED:
+        even, _ = tl.split(tl.reshape(place, [place.numel // 2, 2]))
+        both = mix(even * 0x9E3779B1 + key)
+        return tl.reshape(tl.interleave(both & 0xFFFF, both >> 16), place.shape)
+    else:
+        both = mix((place & 0xFFFFFFFE) * 0x9E3779B1 + key)
+        return (both >> ((place & 1) * 16)) & 0xFFFF
 
 
 @triton.jit
@@ -203,9 +217,9 @@ def store_momentum(
 def round_randomly(value, bits, DTYPE: tl.constexpr):
     """Rounds float32 to a neighbour in bfloat16 or float16, `rounding.round_stochastically`."""
     if tl.bfloat16 == DTYPE:
-        pattern = value.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
+        pattern = value.to(tl.uint32, bitcast=True) + bits
         rounded = (pattern & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(tl.abs(rounded) <= 3.3895313892515355e38, rounded, value)
+        return tl.where(tl.abs(value) <= 3.3895313892515355e38, rounded, value)
     else:
         exponent = tl.maximum(exponent_of(value), -13)
         unit = power_of_two(exponent - 11)
@@ -213,4 +227,4 @@ def round_randomly(value, bits, DTYPE: tl.constexpr):
         rounded = tl.floor(value * power_of_two(11 - exponent) + noise) * unit
         sign = value.to(tl.uint32, bitcast=True) & 0x80000000
         rounded = ((rounded.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) | sign).to(tl.float32, bitcast=True)
-        return tl.where(tl.abs(rounded) <= HALF_MAX, rounded, value)
+        return tl.where(tl.abs(value) <= HALF_MAX, rounded, value)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantization import EncodeContext, keys_for, random_bits, round_stochastically, step_keys
+from ..quantization import EncodeContext, keys_for, random_bits, random_halves, round_stochastically, step_keys
 from ..transforms.core import ChainResult, StepContext, Transform, run_chain
 from .choice import bit_mask, choose
 from .support import Stacked
@@ -96,7 +96,7 @@ class StackedStep:
                 new |= {name: choose(mask, value, fields[name]) for name, value in encoded.items()}
         written = param - torch.where(finite, result.update, 0.0)
         if self.rounds and self.dtype in FEW_BITS:
-            bits = random_bits(drawn, 0, self.rows * self.cols)
+            bits = random_halves(drawn, 0, self.rows * self.cols)
             written = round_stochastically(written, self.dtype, bits.view(written.shape))
         return written.to(self.dtype), new, result.pool, result.update.square().sum(), kept
 

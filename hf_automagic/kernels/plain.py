@@ -137,6 +137,6 @@ def step_plain(
             update = update * tl.exp(k * LOG_RATIO)
         tl.store(moments + place, moment, mask=mask)
         tl.store(momenta + place, new, mask=mask)
-        changes += shrink_and_store(param, place, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
+        changes += shrink_and_store(param, place, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY, False)
         start += SIZE
     tl.store(change, tl.sum(changes, 0))

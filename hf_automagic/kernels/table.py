@@ -40,6 +40,7 @@ class Kind:
         cautious: with the cautious mask.
         gains: with ALLoRA's gains.
         rounds: weights are rounded at random.
+        paired: and rows, of an even length, hold whole pairs of neighbours that share their draws.
         cautious_decay: weights decay only along with the step.
         measures: the agreement of gradient and momentum is asked for.
     """
@@ -55,6 +56,7 @@ class Kind:
     cautious: bool
     gains: bool
     rounds: bool
+    paired: bool
     cautious_decay: bool
     measures: bool
 
@@ -66,7 +68,7 @@ def kind_of(bucket: Stacked) -> Kind:
     width = _power_of_two(block)
     blocks = min(_power_of_two(-(-cols // block)), max(1, 512 // width))
     aligned = all(p.data_ptr() % 16 == 0 for p in bucket.params)
-    low = bucket.dtype != torch.float32
+    rounds = bucket.dtype != torch.float32 and bucket.config.stochastic_rounding
     return Kind(
         bucket.dtype,
         bucket.layout.is_matrix,
@@ -78,7 +80,8 @@ def kind_of(bucket: Stacked) -> Kind:
         has(bucket.chain, ScaleByElementRate),
         has(bucket.chain, Cautious),
         has(bucket.chain, ScaleByRowGain),
-        low and bucket.config.stochastic_rounding,
+        rounds,
+        rounds and cols % 2 == 0,
         has(bucket.chain, CautiousWeightDecay),
         has(bucket.chain, MeasureAgreement),
     )

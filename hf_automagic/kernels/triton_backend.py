@@ -255,6 +255,7 @@ class TritonStep:
                 matrices(
                     write_steps, WRITE, kind, self.gains, *arguments, *_shape(kind, WRITE),
                     kind.codec, kind.elements, kind.cautious, kind.gains, kind.rounds, kind.cautious_decay,
+                    kind.paired,
                 )
                 for kind in kinds
             ]  # fmt: skip

@@ -9,7 +9,7 @@ from . import fields as f
 from .arithmetic import (
     load_momentum,
     one_minus_power,
-    random_bits,
+    random_halves,
     round_even,
     round_randomly,
     step_key,
@@ -31,6 +31,7 @@ def shrink_and_store(
     DTYPE: tl.constexpr,
     ROUND: tl.constexpr,
     CAUTIOUS_DECAY: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """Subtracts the update and the decay from the weights, rounded as their dtype needs; returns its square."""
     p = tl.load(param + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -41,7 +42,7 @@ def shrink_and_store(
         update = update + lost
     p = p - update
     if ROUND:
-        p = round_randomly(p, random_bits(key, offsets), DTYPE)
+        p = round_randomly(p, random_halves(key, offsets, PAIRED), DTYPE)
     tl.store(param + offsets, p.to(DTYPE), mask=mask)
     return update * update
 
@@ -74,7 +75,7 @@ def write_steps(
     work, finite, clip,
     DTYPE: tl.constexpr, BR: tl.constexpr, NB: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr,
     KIND: tl.constexpr, ELEMENTS: tl.constexpr, CAUTIOUS: tl.constexpr, GAINS: tl.constexpr, ROUND: tl.constexpr,
-    CAUTIOUS_DECAY: tl.constexpr,
+    CAUTIOUS_DECAY: tl.constexpr, PAIRED: tl.constexpr,
 ):  # fmt: skip
     """Sweep 3: the new momentum in its codes, the element rates, the step."""
     tensor, line, place, first, last, row_tile, col_tile, cols, block, col, exists = find_tile(
@@ -147,5 +148,5 @@ def write_steps(
             tl.store(elements + offsets, (k + CENTRE).to(tl.uint8), mask=mask)
             update = update * tl.exp(k * LOG_RATIO)
         store_momentum(new, codes, scale, zero, offsets, shared, mask, shared_mask, KIND, EXACT)
-        changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY)
+        changes += shrink_and_store(param, offsets, mask, update, lr, decay, key, DTYPE, ROUND, CAUTIOUS_DECAY, PAIRED)
     tl.store(mine + f.SUM_CHANGE * n_tiles + place, tl.sum(tl.sum(tl.sum(changes, 2), 1), 0))

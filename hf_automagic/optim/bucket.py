@@ -8,7 +8,15 @@ from torch import Tensor
 
 from ..config import AutomagicConfig
 from ..kernels.choice import choose, choose_or_zero
-from ..quantization import EncodeContext, StateCodecs, keys_for, random_bits, round_stochastically, step_keys
+from ..quantization import (
+    EncodeContext,
+    StateCodecs,
+    keys_for,
+    random_bits,
+    random_halves,
+    round_stochastically,
+    step_keys,
+)
 from ..transforms.core import ChainResult, Measured, StepContext, run_chain
 from .conversion import convert_entry
 from .storage import STEP, Layout, StoredState, store_states
@@ -303,7 +311,7 @@ class Bucket:
     ) -> Writes:
         if self.dtype in (torch.bfloat16, torch.float16) and self.config.stochastic_rounding:
             first = draw * self.layout.shape.numel() + self._in_matrix(rows).start * self.layout.cols
-            bits = random_bits(step_keys(self.config.seed, keys, step), first, values[0].numel())
+            bits = random_halves(step_keys(self.config.seed, keys, step), first, values[0].numel())
             values = round_stochastically(values, self.dtype, bits.view(values.shape))
         targets = [self._cut(param, rows) for param in params]
         return [*zip(targets, values.reshape(len(targets), *targets[0].shape).unbind(), strict=True)]

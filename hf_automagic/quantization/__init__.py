@@ -6,7 +6,7 @@ from .dynamic import Dynamic
 from .feedback import WithFeedback
 from .log16 import Log16
 from .policy import ParamInfo, QuantizationStrategy, StateCodecs, choose_codecs
-from .rounding import keys_for, random_bits, round_stochastically, step_keys
+from .rounding import keys_for, random_bits, random_halves, round_stochastically, step_keys
 from .softsign import Softsign
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "make_codec",
     "quantize",
     "random_bits",
+    "random_halves",
     "register_codec",
     "round_stochastically",
     "step_keys",

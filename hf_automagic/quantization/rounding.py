@@ -17,6 +17,29 @@ def random_bits(keys: Tensor, offset: int, numel: int) -> Tensor:
         numel: how many positions.
     """
     position = torch.arange(offset, offset + numel, device=keys.device, dtype=torch.int64)
+    return _bits_at(position, keys)
+
+
+def random_halves(keys: Tensor, offset: int, numel: int) -> Tensor:
+    """Returns uniform 16-bit integers for consecutive positions  # [n, numel], int32
+
+    Two neighbours share the 32 bits of the even position: its own are the lower ones.
+
+    Args:
+        keys: one 32-bit key for each parameter and step  # [n], int64
+        offset: position of the first element within its parameter, even or odd.
+        numel: how many positions.
+    """
+    if torch.compiler.is_compiling():  # within the loop that rounds: a stack of halves would be a loop of its own
+        position = torch.arange(offset, offset + numel, device=keys.device, dtype=torch.int64)
+        return ((_bits_at(position & ~1, keys) >> (position & 1) * 16) & 0xFFFF).to(torch.int32)
+    surplus = offset % 2  # the even neighbour of the first position, which is cut off again
+    even = torch.arange(offset - surplus, offset + numel, 2, device=keys.device, dtype=torch.int64)
+    halves = _bits_at(even, keys).to(torch.int32).view(torch.int16)  # the lower half lies first
+    return halves[:, surplus : surplus + numel].to(torch.int32) & 0xFFFF
+
+
+def _bits_at(position: Tensor, keys: Tensor) -> Tensor:
     return _mix((position * 0x9E3779B1 + keys[:, None]) & _MASK)
 
 
@@ -58,16 +81,15 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
     Args:
         values: any shape, float32.
         dtype: bfloat16 or float16.
-        bits: uniform 32-bit integers of the same shape, int64.
+        bits: uniform 16-bit integers of the same shape, int32.
     """
     rounded = _round_bfloat16(values, bits) if dtype == torch.bfloat16 else _round_float16(values, bits)
-    return torch.where(rounded.abs() <= torch.finfo(dtype).max, rounded, values).to(dtype)
+    return torch.where(values.abs() <= torch.finfo(dtype).max, rounded, values).to(dtype)
 
 
 def _round_bfloat16(values: Tensor, bits: Tensor) -> Tensor:
     """Adds noise below the last bit that bfloat16 keeps, and cuts  # float32"""
-    pattern = values.view(torch.int32).to(torch.int64) + (bits & 0xFFFF)
-    return (pattern & ~0xFFFF).to(torch.int32).view(torch.float32)
+    return ((values.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32)
 
 
 def _round_float16(values: Tensor, bits: Tensor) -> Tensor:
