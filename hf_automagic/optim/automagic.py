@@ -160,7 +160,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         opened = self._reopen(present) or OpenStep(loss)
         try:
             if opened.plan is None or not opened.is_looked_at:
-                opened.plan = plan = self._current_plan()
+                opened.plan = plan = self._current_plan(len(present) == len(grads))
                 if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
                     told = (self.param_groups, grads, loss, self.config.max_grad_norm, self.config.lr_pool)
                     opened.stages = [*plan.fused_stages(self.state, *told), self._adapt_when_due]
@@ -205,9 +205,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         plan.adopt(self.state)
         return plan
 
-    def _current_plan(self) -> Plan:
+    def _current_plan(self, are_all_stepped: bool = False) -> Plan:
         """Returns the plan, made anew where groups, options or parameters changed."""
-        if self._plan is None or not self._plan.is_current(self.param_groups):
+        if self._plan is None or not self._plan.is_current(self.param_groups, are_all_stepped):
             prepare_shared(self.param_groups)
             self._plan = Plan(self.param_groups, self.quantization_strategy)
         return self._plan

@@ -4,7 +4,7 @@ import functools
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from .sweep import StepInputs, Sweep
 from .tuning import BucketSums
 
 logger = logging.getLogger(__name__)
+END = object()
 
 
 class Plan:
@@ -41,7 +42,7 @@ class Plan:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
         self.members, self.kinds = _members(groups), _kinds(groups)
-        self.adopted: list[Tensor] | None = None
+        self.adopted: list[Any] | None = None
         refuse_flat_shards(groups)
         buckets, self.ranks = _sort_into_buckets(groups, strategy)
         self.is_spread = any(bucket.is_spread for _, bucket in buckets)
@@ -55,9 +56,14 @@ class Plan:
         fused = [number for number, (name, _) in enumerate(self.backends) if name == "triton"]
         self.fused = FusedStep(groups, self.buckets, self.pairs, fused) if fused else None
 
-    def is_current(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the groups still hold the same parameters, of the same kind, with the same options."""
-        members = _members(groups)
+    def is_current(self, groups: Sequence[Mapping[str, Any]], are_all_stepped: bool = False) -> bool:
+        """Whether the groups still hold the same parameters, of the same kind, with the same options.
+
+        Args:
+            groups: the optimizer's.
+            are_all_stepped: what spares a look at each, as where every parameter has a gradient.
+        """
+        members = _members(groups, are_all_stepped)
         if self.options != [_options(group) for group in groups] or self.members != members:
             return False
         if self.fused is not None and self.fused.tables_hold() and not self.fused.others:
@@ -66,14 +72,12 @@ class Plan:
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
-        entries = itertools.chain.from_iterable(map(dict.values, state.values()))
-        count = sum(map(len, state.values()))
-        if self.adopted and len(self.adopted) == count and all(map(operator.is_, entries, self.adopted)):
+        if self.adopted and all(map(operator.is_, _entries(state), self.adopted)):
             return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
-        self.adopted = list(itertools.chain.from_iterable(map(dict.values, state.values())))
+        self.adopted = list(_entries(state))
 
     def fused_stages(self, state: Mapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
         """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look."""
@@ -97,10 +101,17 @@ class Plan:
         ]
 
 
-def _members(groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int], list[bool]]:
+def _entries(state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[Any]:
+    """Yields all tensors of all states, and a mark behind the last, so that one more or less is seen in comparison."""
+    return itertools.chain(itertools.chain.from_iterable(map(dict.values, state.values())), (END,))
+
+
+def _members(
+    groups: Sequence[Mapping[str, Any]], are_all_stepped: bool = False
+) -> tuple[list[int], list[int], list[bool]]:
     """Returns which parameters there are, how large, and which of them step; cheap to take and to compare."""
     every = [p for group in groups for p in group["params"]]
-    stepped = list(map(operator.attrgetter("requires_grad"), every))
+    stepped = [True] * len(every) if are_all_stepped else list(map(operator.attrgetter("requires_grad"), every))
     if not all(stepped):
         stepped = [is_stepped(p) for p in every]
     return list(map(id, every)), list(map(Tensor.numel, every)), stepped
