@@ -5,7 +5,13 @@ from pathlib import Path
 from .measures import GOAL, OURS, RIVAL, SEARCH, Results
 
 TOP = 3.0  # ratios above it are drawn as triangles at the upper edge
-STYLES = {RIVAL: ("C7", "o", 4.5), OURS: ("C0", "s", 7), SEARCH: ("C1", "D", 3.5)}
+STYLES = {
+    RIVAL: ("C7", "o", 4.5),
+    "Prodigy": ("C4", "v", 5),  # its starting rate is d0
+    "ancestor": ("C5", "P", 5),
+    OURS: ("C0", "s", 7),
+    SEARCH: ("C1", "D", 3.5),
+}
 
 
 def draw(results: Results, horizon: int, seed: int, path: Path) -> None:
@@ -23,6 +29,8 @@ def draw(results: Results, horizon: int, seed: int, path: Path) -> None:
         axis.axhspan(0, GOAL, color="C2", alpha=0.12, lw=0)
         for arm, (color, marker, size) in STYLES.items():
             ratios = results.starts((task, horizon, seed), arm)
+            if not ratios:
+                continue
             rates, heights = list(ratios), [min(ratio, TOP) for ratio in ratios.values()]
             inside = [lr for lr in rates if ratios[lr] <= TOP]
             above = [lr for lr in rates if ratios[lr] > TOP]
@@ -37,8 +45,9 @@ def draw(results: Results, horizon: int, seed: int, path: Path) -> None:
         axis.set_xlabel("starting rate")
     for axis in axes[:, 0]:
         axis.set_ylabel("loss / AdamW's best")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=3, frameon=False)
+    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    arms = [arm for arm in STYLES if arm in shown]
+    figure.legend([shown[arm] for arm in arms], arms, loc="upper center", ncols=len(arms), frameon=False)
     said = f"{horizon} steps, seed {seed}; the band is within 5% of AdamW's best; triangles lie above {TOP:g}"
     figure.text(0.5, 0.005, said, ha="center", fontsize=9)
     figure.subplots_adjust(left=0.06, right=0.985, top=0.92, bottom=0.085, hspace=0.25, wspace=0.08)
