@@ -6,6 +6,7 @@ import triton.language as tl
 
 from . import support
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 IS_INTERPRETED = tl.constexpr(support.is_interpreted())
 IS_NVIDIA = tl.constexpr(torch.version.hip is None and not support.is_interpreted())
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)

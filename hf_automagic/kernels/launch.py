@@ -4,14 +4,13 @@ import dataclasses
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from .arithmetic import IS_NVIDIA
+from .arithmetic import IS_NVIDIA, VERSION
 from .support import is_interpreted
 
 # before, a compiled kernel took other arguments; triton's own call finds them out anew each time, 20 us a launch
-IS_DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3) and not is_interpreted()
+IS_DIRECT = VERSION >= (3, 3) and not is_interpreted()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,31 +149,30 @@ class Tables:
         blocks = -(-cols // block)
         height = max(kind.rows, target // (kind.blocks * kind.block) // kind.rows * kind.rows)
         col_tiles, row_tiles = -(-blocks // kind.blocks), -(-rows // height)
-        values = {
-            f.PARAM: bucket.params[i].data_ptr(),
-            f.STEP: bucket.stacks["step"][i].data_ptr(),
-            f.ROWS: rows,
-            f.COLS: cols,
-            f.BLOCKS: blocks,
-            f.BLOCK: block,
-            f.COL_TILES: col_tiles,
-            f.ROW_TILES: row_tiles,
-            f.TILE_ROWS: height,
-            f.FIRST_TILE: self.tiles,
-            f.FIRST_SLICE: self.slices_planned,
-            f.GROUP: group,
-            f.KEY: bucket.positions[i],
-            f.SEED: bucket.config.seed,
-        }
         address = {name: stack[i].data_ptr() for name, stack in bucket.stacks.items()}
-        values[f.MOMENTUM] = address.get("exp_avg_codes") or address["exp_avg"]
-        for column, name in (
-            (f.SCALE, "exp_avg_scale"), (f.ZERO, "exp_avg_zero"), (f.MASK, "lr_mask"), (f.MOMENT, "exp_avg_sq"),
-        ):  # fmt: skip
-            values[column] = address.get(name, 0)
-        self.tiles += col_tiles * row_tiles if kind.is_matrix else 1
-        for column, value in values.items():
+        for column, value in (  # no dictionary: a constant of triton before 3.5 has no hash
+            (f.PARAM, bucket.params[i].data_ptr()),
+            (f.STEP, address["step"]),
+            (f.MOMENTUM, address.get("exp_avg_codes") or address["exp_avg"]),
+            (f.SCALE, address.get("exp_avg_scale", 0)),
+            (f.ZERO, address.get("exp_avg_zero", 0)),
+            (f.MASK, address.get("lr_mask", 0)),
+            (f.MOMENT, address.get("exp_avg_sq", 0)),
+            (f.ROWS, rows),
+            (f.COLS, cols),
+            (f.BLOCKS, blocks),
+            (f.BLOCK, block),
+            (f.COL_TILES, col_tiles),
+            (f.ROW_TILES, row_tiles),
+            (f.TILE_ROWS, height),
+            (f.FIRST_TILE, self.tiles),
+            (f.FIRST_SLICE, self.slices_planned),
+            (f.GROUP, group),
+            (f.KEY, bucket.positions[i]),
+            (f.SEED, bucket.config.seed),
+        ):
             line[column.value] = value
+        self.tiles += col_tiles * row_tiles if kind.is_matrix else 1
         if kind.is_matrix:
             line[f.ROW_PARTS.value] = self.places
             line[f.COL_PARTS.value] = self.places + rows * col_tiles

@@ -6,11 +6,13 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import IS_INTERPRETED, one_minus_power
+from .arithmetic import IS_INTERPRETED, VERSION, one_minus_power
 
 TINY_MEAN_SQUARE = tl.constexpr(2.0**-114)
 TINY_RATIO = tl.constexpr(2.0**-60)
-STAGES = tl.constexpr(3)  # of the loops over rows: what the next rows need is loaded while these are computed
+# of the loops over rows: what the next rows need is loaded while these are computed. Triton 3.2, of torch 2.6, ends
+# the process over tiles of three dimensions in shared memory.
+STAGES = tl.constexpr(3 if VERSION >= (3, 3) else 1)
 
 
 @triton.jit
