@@ -51,6 +51,47 @@ def test_an_interrupted_step_goes_on_with_the_launch_that_was_next(monkeypatch, 
 
 
 @runs_kernels
+@pytest.mark.parametrize("says", ["a TritonError", "PassManager::run failed"])
+def test_kernels_that_do_not_compile_leave_the_step_to_eager_stacks(monkeypatch, caplog, says):
+    from triton.errors import TritonError
+
+    from hf_automagic.kernels.launch import Launch
+    from hf_automagic.optim import fused
+
+    def prepare(self: Any) -> None:
+        raise TritonError(says) if says == "a TritonError" else RuntimeError(says)
+
+    monkeypatch.setattr(Launch, "prepare", prepare)
+    monkeypatch.setattr(fused, "_given_up", [])
+    case, dtype, shapes = CASES[0], torch.float32, [(16, 64), (17,)]
+    broken, eager, late = [build(parameters(dtype, shapes), case, name) for name in ("triton", "eager", "triton")]
+    take([broken, eager, late], case, range(3), dtype)
+    for optimizer in (broken, late):
+        assert {name for name, _ in optimizer.backends()} == {"eager"}
+        for group, other in zip(optimizer.param_groups, eager.param_groups, strict=True):
+            assert all(map(torch.equal, group["params"], other["params"]))
+            assert torch.equal(group["update_rms"], other["update_rms"])
+    assert caplog.text.count("triton cannot compile the kernels here") == 1
+    assert says in caplog.text
+
+
+@runs_kernels
+def test_other_errors_before_a_step_are_raised(monkeypatch):
+    from hf_automagic.kernels.launch import Launch
+
+    def prepare(self: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Launch, "prepare", prepare)
+    optimizer = build(parameters(torch.float32, [(16, 64)]), CASES[0], "triton")
+    with pytest.raises(torch.OutOfMemoryError):
+        take([optimizer], CASES[0], range(1), torch.float32)
+    monkeypatch.undo()
+    optimizer.step()
+    assert int(optimizer.param_groups[0]["counters"]["applied"]) == 1
+
+
+@runs_kernels
 def test_a_look_that_was_interrupted_leaves_no_offender_to_other_gradients(monkeypatch, caplog):
     case, dtype, shapes = Case("", {}, broken=(0,)), torch.float32, [(16, 64), (17,), (16, 64)]
     optimizer = build(parameters(dtype, shapes), case, "triton")

@@ -163,7 +163,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                 opened.plan = plan = self._current_plan(len(present) == len(grads))
                 if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
                     told = (self.param_groups, grads, loss, self.config.max_grad_norm, self.config.lr_pool)
-                    opened.stages = [*plan.fused_stages(self.state, *told), self._adapt_when_due]
+                    opened.stages = plan.fused_stages(self.state, *told)
+                if opened.stages:
+                    opened.stages.append(self._adapt_when_due)
                 else:
                     plan.adopt(self.state)
                     self._set_rates()

@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,24 @@ def find_triton_problem() -> str | None:
     return None
 
 
+def is_of_compiler(error: Exception) -> bool:
+    """Whether an error is triton's, which could not compile a kernel, or whose kernel the GPU cannot hold."""
+    errors = sys.modules.get("triton.errors")
+    return (errors is not None and isinstance(error, errors.TritonError)) or "PassManager::run" in str(error)
+
+
+_given_up: list[str] = []  # why triton could not compile the kernels here
+
+
+def give_up_triton(error: Exception) -> str:
+    """Has all parameters step in eager stacks from now on, which is said; returns why in a few words."""
+    reason = f"triton cannot compile: {type(error).__name__}"
+    if not _given_up:
+        logger.warning("triton cannot compile the kernels here, the optimizer steps in eager stacks: %s", error)
+        _given_up.append(reason)
+    return reason
+
+
 def choose_backend(bucket: Bucket, device: torch.device, is_spread: bool) -> tuple[str, str]:
     """Returns the backend that steps a bucket, and why it is no other, in a few words or none.
 
@@ -57,7 +76,7 @@ def choose_backend(bucket: Bucket, device: torch.device, is_spread: bool) -> tup
         problem = find_compile_obstacle(bucket)
         return ("compile", "") if problem is None else ("eager", problem)
     obstacle = find_obstacle(bucket) or (None if bucket.device == device else "on another device")
-    obstacle = obstacle or find_triton_problem()
+    obstacle = obstacle or next(iter(_given_up), None) or find_triton_problem()
     return ("triton", "") if obstacle is None else ("eager", obstacle)
 
 

@@ -17,7 +17,7 @@ from .compiled_bucket import CompiledBucket
 from .context import fit_context
 from .distributed import RankSums, find_shard, refuse_flat_shards
 from .events import new_events
-from .fused import FusedStep, choose_backend
+from .fused import FusedStep, choose_backend, give_up_triton, is_of_compiler
 from .groups import check_members, group_config, is_stepped, parameter_names
 from .guard import new_counters
 from .pairs import PairView
@@ -80,11 +80,22 @@ class Plan:
         self.adopted = list(_entries(state))
 
     def fused_stages(self, state: Mapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
-        """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look."""
+        """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look.
+
+        None of it is left where triton cannot compile them: then, and from then on, all buckets step eagerly.
+        """
         assert self.fused is not None
         if self.adopted is None:
             self.adopt(state)
-        look, *rest = self.fused.stages(*told)
+        try:
+            look, *rest = self.fused.stages(*told)
+        except Exception as error:  # triton's own have no base that could be named without it
+            if not is_of_compiler(error):
+                raise
+            reason = give_up_triton(error)
+            self.fused = None
+            self.backends = [("eager", reason) if name == "triton" else (name, why) for name, why in self.backends]
+            return []
         return [look, functools.partial(self.adopt, state), *rest]
 
     def step(self, inputs: Sequence[StepInputs], sweeps: Sequence[list[Sweep]]) -> list[BucketSums]:
