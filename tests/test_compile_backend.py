@@ -9,6 +9,7 @@ import torch
 from hf_automagic import Automagic
 from hf_automagic.kernels import compile_backend
 from hf_automagic.kernels.choice import bit_mask, choose, choose_or_zero
+from hf_automagic.optim import compiled_bucket
 from hf_automagic.quantization import random_halves, step_keys
 
 SHAPES = [(16, 512), (16, 512), (40, 130), (17,)]
@@ -100,6 +101,35 @@ def test_rates_and_steps_compile_nothing_anew():
             for p in optimizer.param_groups[0]["params"]:
                 p.grad = torch.randn_like(p)
             optimizer.step()
+    assert {name for name, _ in optimizer.backends()} == {"compile"}  # and none was given up
+
+
+def test_a_step_that_the_compiler_refuses_runs_in_eager_stacks_and_says_so_once(monkeypatch, caplog):
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    def refuse(*_):
+        raise InternalTorchDynamoError("no support for this")
+
+    monkeypatch.setattr(compile_backend, "find_compile_problem", lambda _: None)
+    monkeypatch.setattr(compiled_bucket, "compile_step", lambda *_: refuse)
+    compile_backend.tell_refusal.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        eager, _ = train("eager")
+        fallen, optimizer = train("compile")
+    assert all(map(torch.equal, eager, fallen))
+    assert caplog.text.count("no support for this") == 1
+    assert {name for name, _ in optimizer.backends()} == {"eager"}
+    assert "InternalTorchDynamoError" in optimizer.describe()
+
+
+def test_other_errors_of_a_compiled_step_are_raised(monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(compile_backend, "find_compile_problem", lambda _: None)
+    monkeypatch.setattr(compiled_bucket, "compile_step", lambda *_: run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        train("compile")
 
 
 def test_without_a_compiler_it_steps_in_eager_stacks_and_says_so_once(monkeypatch, caplog):

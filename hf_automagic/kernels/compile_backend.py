@@ -124,6 +124,19 @@ def _guards_of_inputs(guards: Sequence[Any]) -> list[bool]:
     return [not guard.is_global and guard.name.split(".")[0] != "self" for guard in guards]
 
 
+def is_of_compiler(error: RuntimeError) -> bool:
+    """Whether an error is torch's, which cannot compile a step; older versions know less of Python."""
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
+@functools.cache
+def tell_refusal(reason: str) -> None:
+    """Says in the log, once, why steps that were to be compiled run in eager stacks."""
+    logger.warning(
+        "torch %s cannot compile the step, the optimizer steps in eager stacks: %s", torch.__version__, reason
+    )
+
+
 def find_compile_obstacle(bucket: Stacked) -> str | None:
     """Returns why a bucket is not compiled, in a few words; None where it can be."""
     return find_compile_problem(bucket.device.type)

@@ -266,7 +266,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         known = self._plan is not None and self._plan.is_current(self.param_groups)
         plan = self._plan if known and self._plan else Plan(self.param_groups, self.quantization_strategy)
         counts: dict[tuple[str, str], int] = {}
-        for choice, (_, bucket) in zip(plan.backends, plan.buckets, strict=True):
+        for chosen, (_, bucket) in zip(plan.backends, plan.buckets, strict=True):
+            choice = ("eager", bucket.refusal) if bucket.refusal else chosen
             counts[choice] = counts.get(choice, 0) + len(bucket.params)
         return counts
 

@@ -36,6 +36,7 @@ class Bucket:
     """
 
     is_spread = False  # whether other ranks hold rows of these parameters
+    refusal = ""  # why the backend that was chosen could not step them after all
 
     def __init__(
         self,

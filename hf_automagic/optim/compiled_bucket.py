@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ..kernels.compile_backend import StackedStep, compile_step, stack_of
+from ..kernels.compile_backend import StackedStep, compile_step, is_of_compiler, stack_of, tell_refusal
 from .bucket import Bucket
 from .sweep import StepInputs, Sweep, Writes, carry_out
 
@@ -35,9 +35,16 @@ class CompiledBucket(Bucket):
         grads = stack_of([p.grad for p in params if p.grad is not None], cols)
         fields = {name: stack[chunk] for name, stack in self.stacks.items()}
         gain = None if inputs.row_gain is None else inputs.row_gain[chunk]
-        written, new, sweep.pool, sweep.squares, _ = self.graph(
-            grads, stack_of(params, cols), fields, self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain
-        )
+        told = (self.keys[chunk], inputs.lr, inputs.finite, inputs.clip, gain)
+        try:
+            written, new, sweep.pool, sweep.squares, _ = self.graph(grads, stack_of(params, cols), fields, *told)
+        except RuntimeError as error:  # while compiling, before anything was computed
+            if not is_of_compiler(error):
+                raise
+            self.graph, self.refusal = None, f"torch.compile cannot run: {type(error).__name__}"
+            tell_refusal(str(error).strip().splitlines()[0])
+            super()._step_chunk(chunk, pieces, inputs, sweep)
+            return
         writes: Writes = [(fields[name], value) for name, value in new.items()]
         writes += zip(params, written.view(len(params), *self.layout.shape).unbind(), strict=True)
         carry_out(writes)
