@@ -8,15 +8,15 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${MATRIX_DIR:-$root/.cache/matrix}"
 
-# row | Python | what stands beside torch 2.13
+# row | Python | what differs from row to row
 rows="
-oldest   | 3.10 | transformers==4.56.2 peft==0.17.1 accelerate==1.10.1 datasets==4.0.0 trl==0.24.0
-last4    | 3.11 | transformers==4.57.6 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0 trl==0.26.2
-first5   | 3.12 | transformers==5.0.0 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0
-newest   | 3.11 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
-newest13 | 3.13 | transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
+oldest   | 3.10 | torch==2.6.0 transformers==4.56.2 peft==0.17.1 accelerate==1.10.1 datasets==4.0.0 trl==0.24.0
+last4    | 3.11 | torch==2.13.0 transformers==4.57.6 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0 trl==0.26.2
+first5   | 3.12 | torch==2.13.0 transformers==5.0.0 peft==0.18.1 accelerate==1.12.0 datasets==4.5.0
+newest   | 3.11 | torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
+newest13 | 3.13 | torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
 "
-shared="torch==2.13.0 evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.2.0 pytest-xdist==3.8.0 hypothesis expecttest psutil
+shared="evaluate==0.4.6 bitsandbytes==0.50.2 matplotlib pytest==9.2.0 pytest-xdist==3.8.0 hypothesis expecttest psutil
   scikit-learn tensorboard came-pytorch==0.1.3 build hatchling pyyaml"
 tests="tests/test_resume.py tests/test_checkpoint.py tests/test_push.py tests/test_privacy.py tests/test_estimate.py tests/test_run.py
   tests/test_transformers_door.py tests/test_trainer.py tests/test_trainer_arguments.py tests/test_trainer_modes.py

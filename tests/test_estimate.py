@@ -304,3 +304,18 @@ def test_the_peak_that_a_gpu_measures_is_within_15_percent(monkeypatch: pytest.M
     record = benchmark.measure(benchmark.RUNS[1], "automagic_8bit")
     assert record["state"] == record["measured_state"]
     assert abs(record["promised"] / record["measured"] - 1) <= 0.15
+
+
+def test_a_model_may_switch_autocast_off_on_the_meta_device():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4, device="meta")
+
+        def forward(self, x):
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                return (self.layer(x),)
+
+    known = torch.autocast
+    assert simulate_peak(Model(), {"x": torch.empty(2, 8, device="meta")}, torch.bfloat16) > 0
+    assert torch.autocast is known

@@ -41,8 +41,9 @@ def rows() -> dict[str, tuple[str, dict[str, Version]]]:
 
 
 def floors() -> dict[str, Version]:
-    """Returns the lowest versions that the extra `hf` allows."""
-    wanted = map(Requirement, PROJECT["project"]["optional-dependencies"]["hf"])
+    """Returns the lowest versions that the package and its extra `hf` allow."""
+    project = PROJECT["project"]
+    wanted = map(Requirement, project["dependencies"] + project["optional-dependencies"]["hf"])
     return {r.name: Version(next(s.version for s in r.specifier if s.operator == ">=")) for r in wanted}
 
 

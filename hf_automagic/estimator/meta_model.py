@@ -122,7 +122,10 @@ def _with_adapters(model: nn.Module, plan: TrainingPlan, name: str) -> nn.Module
 
 def _saved_by_quantization(model: nn.Module, plan: TrainingPlan) -> int:
     """Returns by how many bytes bitsandbytes' codes are smaller than the weights that they replace."""
-    from transformers.quantizers.base import get_keys_to_not_convert
+    try:
+        from transformers.quantizers.base import get_keys_to_not_convert
+    except ImportError:  # where transformers 4 has it
+        from transformers.integrations.bitsandbytes import get_keys_to_not_convert  # type: ignore[attr-defined, no-redef]
 
     kept = get_keys_to_not_convert(model)
     linears = [

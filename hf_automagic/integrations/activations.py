@@ -8,7 +8,7 @@ CUDA would take: autocast's dtypes, and fused attention, which keeps a log-sum-e
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def simulate_peak(
             owner.enable_input_require_grads()  # as the Trainer and TRL do for adapters
     model.train()
     memory = _LiveBytes([*model.parameters(), *model.buffers()])
-    with memory:
+    with memory, _without_autocast_on_meta():
         with cuda:
             output = model(**inputs)
             loss = output["loss"] if "labels" in inputs else output[0].float().mean()
@@ -62,6 +62,21 @@ def simulate_peak(
         torch.autograd.backward([loss])
     model.zero_grad(set_to_none=True)
     return memory.peak
+
+
+@contextlib.contextmanager
+def _without_autocast_on_meta() -> Iterator[None]:
+    """Lets models switch autocast off on the meta device, which torch refuses; transformers does so until 5.0."""
+    known: Any = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if device_type == "meta" else known(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = known  # type: ignore[misc]
 
 
 class _LiveBytes(TorchDispatchMode):
