@@ -139,7 +139,10 @@ COMPILERS = [
 @CLASSES
 @pytest.mark.parametrize("backend", COMPILERS)
 @pytest.mark.matrix("T18")
-def test_a_compiled_model_keeps_its_names_and_shows_its_losses(tmp_path, cls, backend):
+def test_a_compiled_model_keeps_its_names_and_shows_its_losses(tmp_path, cls, backend, monkeypatch):
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        monkeypatch.setenv(name, "")  # TrainingArguments set them, and older ones for all that comes after
+        monkeypatch.delenv(name)
     trainer = language(
         tmp_path, cls, tiny_adapter(), torch_compile=True, torch_compile_backend=backend, save_strategy="steps"
     )
