@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from hf_automagic.kernels.support import is_interpreted
-
 triton = pytest.importorskip("triton")
-if is_interpreted() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+from hf_automagic.kernels.arithmetic import IS_INTERPRETED, VERSION  # noqa: E402
+
+if IS_INTERPRETED.value or VERSION < (3, 3):
     pytest.skip("needs triton's compiler, from 3.3 on", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
@@ -33,7 +33,7 @@ def cases() -> list[tuple[Any, int, dict[str, Any]]]:
         rounds = {"ROUND": dtype is tl.bfloat16}
         for exact, shape in TILES:
             tile = {"DTYPE": dtype, "EXACT": exact, **shape}
-            kind, on = {"KIND": 1 if exact else 2}, dict.fromkeys(("ELEMENTS",), not exact)
+            kind, on = {"KIND": 1 if exact else 2}, {"ELEMENTS": not exact}
             more = {**rounds, "PAIRED": rounds["ROUND"], "CAUTIOUS": not exact, "GAINS": not exact}
             found += [
                 (sweeps.sum_squares, 4, tile),

@@ -93,8 +93,9 @@ class Plan:
             if not is_of_compiler(error):
                 raise
             reason = give_up_triton(error)
+            for number in self.fused.fused:
+                self.buckets[number][1].refusal = reason
             self.fused = None
-            self.backends = [("eager", reason) if name == "triton" else (name, why) for name, why in self.backends]
             return []
         return [look, functools.partial(self.adopt, state), *rest]
 
