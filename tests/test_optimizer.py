@@ -339,6 +339,22 @@ def test_a_parameter_without_gradient_sits_the_step_out():
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["step", "exp_avg_codes", "exp_avg_sq_row"])
+def test_what_is_put_in_the_place_of_a_state_is_taken_over(name):
+    """As a program puts it there that keeps states elsewhere between steps."""
+    (params, optimizer), (others, other) = make(), make()
+    run(params, optimizer, range(2))
+    run(others, other, range(2))
+    state = optimizer.state[params[0]]
+    state[name] = put = state[name].clone()
+    run(params, optimizer, range(2, 4))
+    run(others, other, range(2, 4))
+    assert all(map(torch.equal, params, others))
+    assert state[name] is not put
+    for p, q in zip(params, others, strict=True):
+        assert all(torch.equal(optimizer.state[p][key], value) for key, value in other.state[q].items())
+
+
 def test_a_step_without_any_gradient_does_nothing():
     _, optimizer = make()
     optimizer.step()

@@ -58,7 +58,7 @@ def test_kernels_that_do_not_compile_leave_the_step_to_eager_stacks(monkeypatch,
     from hf_automagic.kernels.launch import Launch
     from hf_automagic.optim import fused
 
-    def prepare(self: Any) -> None:
+    def prepare(self: Any, scratch: torch.Tensor) -> None:
         raise TritonError(says) if says == "a TritonError" else RuntimeError(says)
 
     monkeypatch.setattr(Launch, "prepare", prepare)
@@ -79,7 +79,7 @@ def test_kernels_that_do_not_compile_leave_the_step_to_eager_stacks(monkeypatch,
 def test_other_errors_before_a_step_are_raised(monkeypatch):
     from hf_automagic.kernels.launch import Launch
 
-    def prepare(self: Any) -> None:
+    def prepare(self: Any, scratch: torch.Tensor) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Launch, "prepare", prepare)

@@ -1,4 +1,4 @@
-"""Two launches of one program each: what a step may do, before anything is written, and what it leaves to the next."""
+"""Two launches of a program or two: what a step may do, before anything is written, and what it leaves to the next."""
 
 import triton
 import triton.language as tl
@@ -99,18 +99,16 @@ def _record(control, events, capacity, applied, skipped, run, offender):
 
 
 @triton.jit
-def finish(
-    table, grads, groups, rates, stats, sums, n_tiles, ranges, pools, totals, control, finite, events, n_tensors,
-    n_groups, SIZE: tl.constexpr, MEASURES: tl.constexpr, GLOBAL: tl.constexpr, RECORD: tl.constexpr,
-    CAPACITY: tl.constexpr,
+def _tune(
+    table, grads, groups, rates, stats, sums, n_tiles, ranges, pools, totals, is_finite, n_tensors, n_groups,
+    SIZE: tl.constexpr, MEASURES: tl.constexpr, GLOBAL: tl.constexpr,
 ):  # fmt: skip
-    """Counts the step and measures its length, tunes the rates of the next one, gives the context its sums."""
-    is_finite = tl.load(finite) != 0
+    """Measures the step's length, tunes the rates of the next one, gives the context its sums."""
     if is_finite:
         i = tl.zeros((), tl.int32)
         while i < n_groups:
             first = tl.load(ranges + 2 * i)
-            changes = sum_of(sums + f.SUM_CHANGE * n_tiles + first, tl.load(ranges + 2 * i + 1) - first, 1024)
+            changes = sum_of(sums + f.SUM_CHANGE * n_tiles + first, tl.load(ranges + 2 * i + 1) - first, SIZE)
             changes += tl.load(pools + i * f.POOL_WIDTH + f.CHANGE)
             numel = tl.load(groups + i * f.GROUP_WIDTH + f.NUMEL)
             if numel > 0:
@@ -140,6 +138,14 @@ def finish(
                 if is_finite:
                     _retune(groups + i * f.GROUP_WIDTH, rates + i * f.RATES_WIDTH, agreement, update, square)
                 i += 1
+
+
+@triton.jit
+def _count(
+    table, grads, control, is_finite, events, n_tensors, SIZE: tl.constexpr, RECORD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Counts the step, in the tensors that took it and for all of them."""
     start = tl.zeros((), tl.int32)
     while start < n_tensors:
         tensor = start + tl.arange(0, SIZE)
@@ -161,3 +167,20 @@ def finish(
     tl.store(control + f.LAST_OFFENDER, latest)
     if RECORD:
         _record(control, events, CAPACITY, applied, skipped, run, latest)
+
+
+@triton.jit
+def finish(
+    table, grads, groups, rates, stats, sums, n_tiles, ranges, pools, totals, control, finite, events, n_tensors,
+    n_groups, SIZE: tl.constexpr, MEASURES: tl.constexpr, GLOBAL: tl.constexpr, RECORD: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Leaves to the next step what this one measured and counted; for two programs, which write nothing in common."""
+    is_finite = tl.load(finite) != 0
+    if tl.program_id(0) == 0:
+        _tune(
+            table, grads, groups, rates, stats, sums, n_tiles, ranges, pools, totals, is_finite, n_tensors, n_groups,
+            SIZE, MEASURES, GLOBAL,
+        )  # fmt: skip
+    else:
+        _count(table, grads, control, is_finite, events, n_tensors, SIZE, RECORD, CAPACITY)

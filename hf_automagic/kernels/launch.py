@@ -1,6 +1,13 @@
-"""Launches whose arguments stay the same from step to step: looked up once, then handed straight to the driver."""
+"""Launches whose arguments stay the same from step to step: looked up once, then handed straight to the driver.
 
+Between steps the scratch belongs to others, and may lie elsewhere in the next one. Where it has lain before, all
+launches of a series are handed over at once, as a CUDA graph.
+"""
+
+import contextlib
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +17,9 @@ from .arithmetic import IS_NVIDIA, VERSION
 from .support import is_interpreted
 
 # before, a compiled kernel took other arguments; triton's own call finds them out anew each time, 20 us a launch
+logger = logging.getLogger(__name__)
+REMEMBERED = 16  # places of the scratch for which graphs are kept
+_refusals: list[RuntimeError] = []  # why no graph can be recorded
 IS_DIRECT = VERSION >= (3, 3) and not is_interpreted()
 
 
@@ -49,15 +59,31 @@ class Launch:
     arguments: tuple[Any, ...]
     work: Work = Work()
     _run: Any = None
-    _addresses: tuple[Any, ...] = ()
+    _addresses: list[Any] = dataclasses.field(default_factory=list)
+    _in_scratch: list[int] = dataclasses.field(default_factory=list)
 
-    def prepare(self) -> None:
-        """Compiles the kernel and loads it, which may fail, before anything is launched."""
+    def prepare(self, scratch: Tensor) -> None:
+        """Compiles the kernel and loads it, which may fail, before anything is launched.
+
+        Args:
+            scratch: what some of the arguments are cut from.
+        """
         if IS_DIRECT and self._run is None:
             compiled = self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.work.options())
             self._run = compiled[(self.programs, 1, 1)]
-            self._addresses = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments)
+            self._addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments]
+            held = scratch.untyped_storage().data_ptr()
+            self._in_scratch = [
+                i
+                for i, a in enumerate(self.arguments)
+                if isinstance(a, Tensor) and a.numel() and a.untyped_storage().data_ptr() == held
+            ]
             self.arguments = ()  # scratch is not to be kept between steps
+
+    def move(self, distance: int) -> None:
+        """Follows the scratch, which lies so many bytes from where it lay."""
+        for i in self._in_scratch:
+            self._addresses[i] += distance
 
     def __call__(self, stream: int) -> None:
         """Launches."""
@@ -65,6 +91,78 @@ class Launch:
             self._run(*self._addresses, stream=stream)
         else:
             self.kernel[(self.programs,)](*self.arguments, **self.work.options())
+
+
+class Series:
+    """Launches that follow one another.
+
+    Args:
+        launches: in order.
+        scratch: what some of their arguments are cut from.
+    """
+
+    def __init__(self, launches: Sequence[Launch], scratch: Tensor) -> None:
+        """Compiles the kernels, which may fail."""
+        self.launches, self.device, self.place = list(launches), scratch.device, scratch.data_ptr()
+        self.done = 0
+        self.graphs: dict[int, Any] = {}
+        for launch in launches:
+            launch.prepare(scratch)
+
+    def begin(self, scratch: Tensor) -> None:
+        """Begins anew, with scratch that lies there."""
+        place, self.done = scratch.data_ptr(), 0
+        if place != self.place:
+            for launch in self.launches:
+                launch.move(place - self.place)
+            self.place = place
+
+    def run(self) -> None:
+        """Launches what is left, from where an interrupted call got to."""
+        with on_device(self.device):
+            graph = None if self.done else self._find_graph()
+            if graph is not None:
+                graph.replay()
+                self.done = len(self.launches)
+            stream = current_stream(self.device)
+            for launch in self.launches[self.done :]:
+                launch(stream)
+                self.done += 1
+
+    def _find_graph(self) -> Any:
+        """Returns the graph for where the scratch lies, made at the second look; None where there is none."""
+        if _refusals or not (IS_DIRECT and IS_NVIDIA.value) or torch.cuda.is_current_stream_capturing():
+            return None
+        if self.place not in self.graphs:
+            if len(self.graphs) >= REMEMBERED:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[self.place] = None
+        elif self.graphs[self.place] is None:
+            self.graphs[self.place] = self._capture()
+        return self.graphs[self.place]
+
+    def _capture(self) -> Any:
+        """Records the launches as a graph, which launches nothing; None where that fails, which is said once."""
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        try:
+            with torch.cuda.stream(side):
+                # relaxed: what other threads do meanwhile is neither recorded nor in the way
+                graph.capture_begin(capture_error_mode="relaxed")
+                try:
+                    for launch in self.launches:
+                        launch(side.cuda_stream)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:
+            _refusals.append(error)
+            logger.warning("kernels are launched one by one, as they cannot be recorded as a CUDA graph: %s", error)
+            return None
+        return graph
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a device the current one, as what compiles and launches has to find it."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def current_stream(device: torch.device) -> int:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import IS_INTERPRETED, VERSION, one_minus_power
+from .arithmetic import IS_INTERPRETED, VERSION, one_minus_power, sum_three
 
 TINY_MEAN_SQUARE = tl.constexpr(2.0**-114)
 TINY_RATIO = tl.constexpr(2.0**-60)
@@ -85,6 +85,24 @@ def sum_of(values, count, SIZE: tl.constexpr):
         total += tl.load(values + start + place, mask=start + place < count, other=0.0)
         start += SIZE
     return tl.sum(total, 0)
+
+
+@triton.jit
+def sum_planes(values, plane, count, SIZE: tl.constexpr):
+    """Adds up the first `count` numbers of three planes, in one exchange between threads."""
+    place = tl.arange(0, SIZE)
+    one = tl.zeros([SIZE], tl.float32)
+    two = tl.zeros([SIZE], tl.float32)
+    three = tl.zeros([SIZE], tl.float32)
+    start = tl.zeros((), tl.int64)
+    while start < count:
+        mask = start + place < count
+        some = values + start + place
+        one += tl.load(some, mask=mask, other=0.0)
+        two += tl.load(some + plane, mask=mask, other=0.0)
+        three += tl.load(some + 2 * plane, mask=mask, other=0.0)
+        start += SIZE
+    return sum_three(one, two, three, 0)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launch, current_stream
+from .launch import Launch, Series
 from .support import is_interpreted
 
 
@@ -16,6 +16,5 @@ def _double(x):
 def run_trial() -> None:
     """Runs it the way a step does; raises what triton raises where it cannot."""
     device = torch.device("cpu" if is_interpreted() else "cuda")
-    launch = Launch(_double, 1, (torch.ones((), device=device),))
-    launch.prepare()
-    launch(current_stream(device))
+    number = torch.ones((), device=device)
+    Series([Launch(_double, 1, (number,))], number).run()

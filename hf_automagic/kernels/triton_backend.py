@@ -20,7 +20,10 @@ that spares a sweep. The cautious mask needs one more, to count what agrees. The
 it begins with what the cache still holds.
 """
 
-import contextlib
+import functools
+import itertools
+import operator
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +33,7 @@ from torch import Tensor
 
 from . import fields as f
 from .decide import decide, finish
-from .launch import IS_DIRECT, Launch, Work, current_stream
+from .launch import IS_DIRECT, REMEMBERED, Launch, Series, Work, on_device
 from .plain import check_plain, step_plain
 from .support import Stacked, is_interpreted
 from .sweeps import count_agreement, sum_residuals, sum_squares
@@ -39,11 +42,12 @@ from .vectors import average_residuals, average_squares, encode_vectors
 from .write import write_steps
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-REMEMBERED = 16  # places of the scratch for which launches are kept
+_dtype = operator.attrgetter("dtype")
 # chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
 SQUARES, RESIDUALS, AGREEMENT = Work(1024, 4), Work(512, 1), Work(512, 1)
 WRITE = Work(512, 2, registers=80)
 AVERAGES = Work(SLICE, 8)
+TOTALS = Work(4096, 16)
 
 
 class TritonStep:
@@ -59,8 +63,9 @@ class TritonStep:
         self.tables = tables = Tables(buckets, n_groups)
         self.params = tables.params
         self.positions = [i for _, bucket in buckets for i in bucket.positions]
-        self.group_of = [group for group, bucket in buckets for _ in bucket.params]
-        self.numels = [p.numel() for p in self.params]
+        groups = [group for group, bucket in buckets for _ in bucket.params]
+        self.of_groups = [slice(bisect_left(groups, i), bisect_right(groups, i)) for i in range(n_groups)]
+        self.numels, self.dtypes = list(map(Tensor.numel, self.params)), list(map(_dtype, self.params))
         self.device, self.n_groups = tables.device, n_groups
         self.param_addresses = [p.data_ptr() for p in self.params]
         self.seen: list[int] = []  # where the gradients were in the step before
@@ -68,11 +73,10 @@ class TritonStep:
         self.counts: list[int] = []
         self.group_values: list[float] = []
         self.kept: list[Tensor] = []
-        self.launches: tuple[list[Launch], ...] = ()
+        self.series: tuple[Series, ...] = ()
         self.scratch: Tensor | None = None
-        self.written = 0  # launches of the sweeps that are done
         self.is_looking = False
-        self.planned: dict[Any, tuple[list[Launch], ...]] = {}
+        self.planned: dict[Any, tuple[Series, ...]] = {}
         new = self._new
         self.grads = new(len(self.numels), torch.int64)
         self.gains = new(2 * len(self.numels), torch.int64)
@@ -105,23 +109,28 @@ class TritonStep:
     def take_gradients(self, grads: Sequence[Tensor | None]) -> None:
         """Notes where the gradients of `params` are; uploads only when one has moved."""
         addresses, present = _places(grads)
-        if self.is_plain and addresses == self.seen and all(map(Tensor.is_contiguous, present)):
+        is_dense = all(map(Tensor.is_contiguous, present))
+        if self.is_plain and addresses == self.seen and is_dense:
             return
-        self.seen = list(addresses)
-        self.kept = []
+        self.seen, self.kept = addresses, []
+        is_usual = len(present) == len(grads) and is_dense and not functools.reduce(operator.or_, addresses) & 15
+        if not is_usual or list(map(_dtype, present)) != self.dtypes:
+            addresses = self._copy_odd(grads, addresses)
+        self.is_plain = not self.kept
+        self.grads.copy_(self._on_host(addresses, torch.int64), non_blocking=True)
+        self.counts = [sum(itertools.compress(self.numels[own], addresses[own])) for own in self.of_groups]
+
+    def _copy_odd(self, grads: Sequence[Tensor | None], addresses: Sequence[int]) -> list[int]:
+        """Copies the gradients that the kernels could not read where they are; returns where all of them are then."""
+        found = list(addresses)
         for i, (grad, param, exact) in enumerate(zip(grads, self.params, self.tables.exact, strict=True)):
             if grad is None:
                 continue
-            if grad.dtype != param.dtype or not grad.is_contiguous() or (exact and addresses[i] & 15):
+            if grad.dtype != param.dtype or not grad.is_contiguous() or (exact and found[i] & 15):
                 copy = torch.empty(param.shape, dtype=param.dtype, device=param.device).copy_(grad)
                 self.kept.append(copy)
-                addresses[i] = copy.data_ptr()
-        self.is_plain = not self.kept
-        self.grads.copy_(self._on_host(addresses, torch.int64), non_blocking=True)
-        counts = [0] * self.n_groups
-        for group, numel, address in zip(self.group_of, self.numels, addresses, strict=True):
-            counts[group] += numel if address else 0
-        self.counts = counts
+                found[i] = copy.data_ptr()
+        return found
 
     def take_gains(self, gains: Mapping[int, Tensor], places: Mapping[int, int]) -> None:
         """Notes where ALLoRA's gains of each bucket are.
@@ -160,53 +169,38 @@ class TritonStep:
         if self.is_looking:  # an interrupted look may have left the offender of other gradients
             self.control[f.OFFENDER.value].fill_(f.NOBODY.value)
         self.scratch = torch.empty(self.tables.scratch_size, device=self.device)
-        key = (self.scratch.data_ptr(), max_norm, is_global, None if events is None else events.data_ptr())
+        key = (max_norm, is_global, None if events is None else events.data_ptr())
         if key not in self.planned:
             if len(self.planned) >= REMEMBERED:
                 self.planned.clear()
-            launches = self._plan_launches(self.scratch, max_norm, is_global, events)
-            with self._on_device():
-                for launch in (launch for part in launches for launch in part):
-                    launch.prepare()
-            self.planned[key] = launches
-        self.launches, self.written = self.planned[key], 0
+            self.planned[key] = self._plan_launches(self.scratch, max_norm, is_global, events)
+        self.series = self.planned[key]
+        for series in self.series:
+            series.begin(self.scratch)
 
     def close(self) -> None:
         """Gives the scratch back: between steps others have it."""
-        self.scratch, self.launches = None, ()
+        self.scratch, self.series = None, ()
         if not IS_DIRECT:  # such launches hold the scratch itself
             self.planned.clear()
-
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def look(self) -> None:
         """Runs sweep 1 and decides: afterwards `finite`, `clip` and `rates` are those of this step."""
         self.is_looking = True
-        self._launch(self.launches[0])
+        self.series[0].run()
         self.is_looking = False
 
     def sweep(self) -> None:
         """Runs the other sweeps, from where an interrupted call got to: states and weights are written."""
-        with self._on_device():
-            stream = current_stream(self.device)
-            for launch in self.launches[1][self.written :]:
-                launch(stream)
-                self.written += 1
+        self.series[1].run()
 
     def finish(self) -> None:
         """Counts the step and tunes the next rates."""
-        self._launch(self.launches[2])
-
-    def _launch(self, launches: Sequence[Launch]) -> None:
-        with self._on_device():
-            stream = current_stream(self.device)
-            for launch in launches:
-                launch(stream)
+        self.series[2].run()
 
     def _plan_launches(
         self, scratch: Tensor, max_norm: float | None, is_global: bool, events: Tensor | None
-    ) -> tuple[list[Launch], ...]:
+    ) -> tuple[Series, ...]:
         """Lists what a step launches: to look, to sweep, to finish."""
         t, n = self.tables, self.tables.n_slices
         parts, work, sums, squares, residuals = t.cut(scratch)
@@ -269,10 +263,12 @@ class TritonStep:
             sweep.append(Launch(encode_vectors, n, (*some, *arguments)))
         arguments = (
             t.table, self.grads, *group, sums, t.tiles, t.ranges, self.outside_pools, self.totals, self.control,
-            self.flag, self.totals if events is None else events, len(self.numels), self.n_groups, 512, t.measures,
-            is_global, events is not None, 0 if events is None else events.numel(),
+            self.flag, self.totals if events is None else events, len(self.numels), self.n_groups, TOTALS.elements,
+            t.measures, is_global, events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
-        return look, sweep, [Launch(finish, 1, arguments)]
+        last = [Launch(finish, 2, arguments, TOTALS)]
+        with on_device(scratch.device):
+            return Series(look, scratch), Series(sweep, scratch), Series(last, scratch)
 
 
 def _places(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:

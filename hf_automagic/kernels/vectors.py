@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from . import fields as f
-from .arithmetic import CODES_PER_OCTAVE, HIGHEST, LN2, OCTAVES_BELOW, exponent_of, mix, power_of_two, step_key
+from .arithmetic import (
+    CODES_PER_OCTAVE,
+    HIGHEST,
+    LN2,
+    OCTAVES_BELOW,
+    exponent_of,
+    mix,
+    power_of_two,
+    step_key,
+    sum_three,
+)
 from .tiles import bound, sum_of, vector_at
 
 RESIDUAL_FLOOR = tl.constexpr(2.0**-20)
@@ -151,9 +161,10 @@ def average_residuals(
     momentum = tl.maximum(kept * kept * mm + 2.0 * (kept * added) * um + added * added * uu, 0.0)
     momentum = tl.where(mask, momentum, 0.0)
     here = residual_sums + tl.program_id(0)
-    tl.store(here, tl.sum(new, 0), mask=steps)
-    tl.store(here + f.SLICE_MOMENTUM * n_slices, tl.sum(momentum, 0), mask=steps)
-    tl.store(here + f.SLICE_WEIGHTED * n_slices, tl.sum(momentum / tl.where(mask, new, 1.0), 0), mask=steps)
+    whole, momentum, weighted = sum_three(new, momentum, momentum / tl.where(mask, new, 1.0), 0)
+    tl.store(here, whole, mask=steps)
+    tl.store(here + f.SLICE_MOMENTUM * n_slices, momentum, mask=steps)
+    tl.store(here + f.SLICE_WEIGHTED * n_slices, weighted, mask=steps)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from .arithmetic import (
     store_momentum,
 )
 from .sweeps import CENTRE, LOG_RATIO, voted
-from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, typed, vector_at
+from .tiles import STAGES, bound, column_factor, find_tile, row_factor, sum_of, sum_planes, typed, vector_at
 
 
 @triton.jit
@@ -48,25 +48,24 @@ def shrink_and_store(
 
 
 @triton.jit
-def confidence(line, work, residual_sums, group, step, col, exists):
-    """Returns 1 / sqrt of the columns' unbiased residuals [NB, BK] and the mean of the rows'."""
+def confidence(line, work, residual_sums, n_slices, group, step, col, exists):
+    """Returns what the confidence brings to a step.
+
+    Returns:
+        1 / sqrt of the columns' unbiased residuals [NB, BK], the mean of the rows', and the RMS of the direction as
+        `transforms.Confidence` estimates it, without the momentum's correction.
+    """
     first = residual_sums + tl.load(line + f.FIRST_SLICE)
-    mean = sum_of(first, tl.load(line + f.ROW_SLICES), 64) / tl.load(line + f.ROWS).to(tl.float32)
+    slices = tl.load(line + f.ROW_SLICES)
     moment = tl.load(vector_at(tl.load(line + f.VECTORS + 3), work) + col, mask=exists, other=1.0)
-    return tl.rsqrt(moment / one_minus_power(tl.load(group + f.LOG3), step)), mean
-
-
-@triton.jit
-def direction_length(line, residual_sums, n_slices, group, step, mean):
-    """Returns the RMS of the direction as `transforms.Confidence` estimates it, without the momentum's correction."""
-    first = residual_sums + tl.load(line + f.FIRST_SLICE)
-    rows, cols = tl.load(line + f.ROW_SLICES), tl.load(line + f.COL_SLICES)
-    total = sum_of(first + f.SLICE_MOMENTUM * n_slices, rows, 64)
-    by_row = sum_of(first + f.SLICE_WEIGHTED * n_slices, rows, 64)
-    by_col = sum_of(first + f.SLICE_WEIGHTED * n_slices + rows, cols, 64)
-    numel = tl.load(line + f.ROWS).to(tl.float32) * tl.load(line + f.COLS).to(tl.float32)
-    weighted = (by_row * mean) * (by_col * one_minus_power(tl.load(group + f.LOG3), step))
-    return tl.sqrt(weighted / tl.where(total > 0, total, 1.0) / numel)
+    by_col = sum_of(first + f.SLICE_WEIGHTED * n_slices + slices, tl.load(line + f.COL_SLICES), 64)
+    mean, total, by_row = sum_planes(first, n_slices, slices, 64)
+    rows = tl.load(line + f.ROWS).to(tl.float32)
+    mean = mean / rows
+    unbiased = one_minus_power(tl.load(group + f.LOG3), step)
+    weighted = (by_row * mean) * (by_col * unbiased)
+    length = tl.sqrt(weighted / tl.where(total > 0, total, 1.0) / (rows * tl.load(line + f.COLS).to(tl.float32)))
+    return tl.rsqrt(moment / unbiased), mean, length
 
 
 @triton.jit
@@ -97,13 +96,9 @@ def write_steps(
     decay = tl.load(group + f.DECAY)
     whole, by_col, divisor = column_factor(line, work, slice_sums, group, step, col, exists)
     by_col = by_col * (whole * tl.load(clip) * tl.load(stats + tensor * f.STATS_WIDTH + f.CLIPPED))
-    calm, mean = confidence(line, work, residual_sums, group, step, col, exists)
+    calm, mean, length = confidence(line, work, residual_sums, n_slices, group, step, col, exists)
+    reach = lr / tl.maximum(length, one_minus_power(tl.load(group + f.LOG1), step))
     count = tl.load(line + f.COL_TILES) * tl.load(line + f.ROW_TILES)
-    numel = rows.to(tl.float32) * cols.to(tl.float32)
-    # length / corrected is the RMS of the direction
-    corrected = one_minus_power(tl.load(group + f.LOG1), step)
-    length = direction_length(line, residual_sums, n_slices, group, step, mean)
-    reach = lr / tl.maximum(length, corrected)
     if CAUTIOUS:
         agreeing = sum_of(mine + f.SUM_AGREEING * n_tiles, count, 256)
         voting = sum_of(mine + f.SUM_VOTING * n_tiles, count, 256)
@@ -112,6 +107,7 @@ def write_steps(
     if ELEMENTS:
         every = tl.load(group + f.RECENTRE)
         if step - tl.floor(step / every) * every == 0:
+            numel = rows.to(tl.float32) * cols.to(tl.float32)
             centre = round_even(sum_of(mine + f.SUM_OFFSETS * n_tiles, count, 256) / numel)
     calm = calm * reach
     weight = tl.load(group + f.WEIGHT1)

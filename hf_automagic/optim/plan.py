@@ -4,11 +4,12 @@ import functools
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ..config import option_names
 from ..quantization import QuantizationStrategy
@@ -27,7 +28,6 @@ from .sweep import StepInputs, Sweep
 from .tuning import BucketSums
 
 logger = logging.getLogger(__name__)
-END = object()
 
 
 class Plan:
@@ -42,7 +42,7 @@ class Plan:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
         self.members, self.kinds = _members(groups), _kinds(groups)
-        self.adopted: list[Any] | None = None
+        self.adopted: list[Tensor] | None = None
         refuse_flat_shards(groups)
         buckets, self.ranks = _sort_into_buckets(groups, strategy)
         self.is_spread = any(bucket.is_spread for _, bucket in buckets)
@@ -64,7 +64,9 @@ class Plan:
             are_all_stepped: what spares a look at each, as where every parameter has a gradient.
         """
         members = _members(groups, are_all_stepped)
-        if self.options != [_options(group) for group in groups] or self.members != members:
+        if self.options != [_options(group) for group in groups] or not _are_same(self.members[0], members[0]):
+            return False
+        if self.members[1:] != members[1:]:
             return False
         if self.fused is not None and self.fused.tables_hold() and not self.fused.others:
             return True  # weights that lie where they did are of the same kind
@@ -72,12 +74,13 @@ class Plan:
 
     def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
-        if self.adopted and all(map(operator.is_, _entries(state), self.adopted)):
+        entries = _entries(state)
+        if self.adopted is not None and _are_same(entries, self.adopted):
             return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
-        self.adopted = list(_entries(state))
+        self.adopted = _entries(state)
 
     def fused_stages(self, state: Mapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
         """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look.
@@ -113,20 +116,33 @@ class Plan:
         ]
 
 
-def _entries(state: Mapping[Tensor, dict[str, Tensor]]) -> Iterator[Any]:
-    """Yields all tensors of all states, and a mark behind the last, so that one more or less is seen in comparison."""
-    return itertools.chain(itertools.chain.from_iterable(map(dict.values, state.values())), (END,))
+def _entries(state: Mapping[Tensor, dict[str, Tensor]]) -> list[Tensor]:
+    """Lists all tensors of all states."""
+    return list(itertools.chain.from_iterable(map(dict.values, state.values())))
+
+
+class _Unlike(TorchFunctionMode):
+    """Has tensors that are compared count as unlike."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+def _are_same(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two lists hold the very same tensors: lists ask `==` of those that differ, and are twice as quick."""
+    with _Unlike():
+        return tensors == others
 
 
 def _members(
     groups: Sequence[Mapping[str, Any]], are_all_stepped: bool = False
-) -> tuple[list[int], list[int], list[bool]]:
+) -> tuple[list[Tensor], list[int], list[bool]]:
     """Returns which parameters there are, how large, and which of them step; cheap to take and to compare."""
     every = [p for group in groups for p in group["params"]]
     stepped = [True] * len(every) if are_all_stepped else list(map(operator.attrgetter("requires_grad"), every))
     if not all(stepped):
         stepped = [is_stepped(p) for p in every]
-    return list(map(id, every)), list(map(Tensor.numel, every)), stepped
+    return every, list(map(Tensor.numel, every)), stepped
 
 
 def _kinds(groups: Sequence[Mapping[str, Any]]) -> list[Any]:

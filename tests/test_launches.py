@@ -1,0 +1,103 @@
+"""Kernels are launched where the scratch lies, one by one or as a CUDA graph, with the same results."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_triton import CASES, FEW, Case, build, needs_triton, parameters, take
+
+
+class Kernel:
+    """A kernel that notes what it was launched with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+
+    def warmup(self, *arguments: Any, **options: Any) -> Any:
+        return {(3, 1, 1): lambda *addresses, stream: self.seen.append(addresses)}
+
+
+@needs_triton
+def test_launches_follow_the_scratch(monkeypatch):
+    from hf_automagic.kernels import launch
+
+    monkeypatch.setattr(launch, "IS_DIRECT", True)
+    monkeypatch.setattr(launch.Series, "_find_graph", lambda self: None)
+    kernel, kept, (first, second) = Kernel(), torch.zeros(4), torch.zeros(2, 2, 64)
+    second = second.clone()
+    series = launch.Series([launch.Launch(kernel, 3, (first[1], kept, first, first[:0], 0.5))], first)
+    for scratch in (first, second, first):
+        series.begin(scratch)
+        series.run()
+        assert kernel.seen.pop() == (scratch[1].data_ptr(), kept.data_ptr(), scratch.data_ptr(), 0, 0.5)
+    assert kernel.seen == []
+
+
+def graphs(optimizer: Any) -> list[Any]:
+    kernels = optimizer._plan.fused.kernels
+    return [graph for planned in kernels.planned.values() for series in planned for graph in series.graphs.values()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_graph_steps_as_its_launches_do(monkeypatch, case, dtype):
+    from hf_automagic.kernels.launch import Series
+
+    recorded, launched = (build(parameters(dtype, FEW), case, "triton") for _ in range(2))
+    find, between = Series._find_graph, []
+    for step in range(16):
+        between[:] = [torch.empty(4096 * (step % 3) + 1, device="cuda")]  # moves the scratch about
+        state = torch.cuda.get_rng_state()
+        for optimizer, found in ((recorded, find), (launched, lambda self: None)):
+            monkeypatch.setattr(Series, "_find_graph", found)
+            if step < 10:
+                take([optimizer], case, range(step, step + 1), dtype)
+            else:  # with what was there, so that the scratch comes back to where it was
+                optimizer.step(loss=torch.ones((), device="cuda") if case.losses else None)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert any(graph is not None for graph in graphs(recorded))
+    assert graphs(launched) == []
+    for group, other in zip(recorded.param_groups, launched.param_groups, strict=True):
+        assert all(map(torch.equal, group["params"], other["params"]))
+        assert torch.equal(group["update_rms"], other["update_rms"])
+        for p, q in zip(group["params"], other["params"], strict=True):
+            assert all(torch.equal(v, launched.state[q][name]) for name, v in recorded.state[p].items())
+
+
+@pytest.mark.gpu
+def test_launches_that_cannot_be_recorded_go_one_by_one(monkeypatch, caplog):
+    from hf_automagic.kernels import launch
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no graph today")
+
+    monkeypatch.setattr(launch, "_refusals", [])
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", refuse)
+    case = Case("", {})
+    refused, eager = (build(parameters(torch.float32, FEW), case, backend) for backend in ("triton", "eager"))
+    take([refused, eager], case, range(1), torch.float32)
+    for _ in range(4):
+        refused.step()
+        eager.step()
+    assert set(graphs(refused)) == {None}
+    assert caplog.text.count("no graph today") == 1
+    for p, q in zip(refused.param_groups[0]["params"], eager.param_groups[0]["params"], strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_can_itself_be_recorded():
+    case = Case("", {"self_tuning": False})
+    whole, alone = (build(parameters(torch.float32, FEW), case, "triton") for _ in range(2))
+    take([whole, alone], case, range(4), torch.float32)
+    for _ in range(3):
+        alone.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        whole.step()
+    for _ in range(3):
+        graph.replay()
+    for p, q in zip(whole.param_groups[0]["params"], alone.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
