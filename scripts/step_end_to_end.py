@@ -16,7 +16,7 @@ def measure_training(options: argparse.Namespace, row: str) -> dict[str, Any]:
     """Trains a LoRA of rank 16 on random tokens; returns milliseconds a step and the memory at its peak."""
     torch.manual_seed(0)
     device = options.device
-    model = build_model(options.end_to_end).to(device)
+    model = build_model(options.end_to_end, device).to(device)
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = ROWS[row].make(params)
@@ -49,7 +49,7 @@ def measure_training(options: argparse.Namespace, row: str) -> dict[str, Any]:
     return figures
 
 
-def build_model(name: str) -> Any:
+def build_model(name: str, device: str) -> Any:
     """Loads a folder's encoder, or makes a Llama of 1.1B parameters with random weights; adds adapters everywhere."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,8 @@ def build_model(name: str) -> Any:
             hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
             num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048,
         )  # fmt: skip
-        model, task = LlamaForCausalLM(config).to(torch.bfloat16), "CAUSAL_LM"
+        with torch.device(device):
+            model, task = LlamaForCausalLM(config).to(torch.bfloat16), "CAUSAL_LM"
     else:
         model, task = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2), "SEQ_CLS"
     return get_peft_model(model, LoraConfig(task_type=task, r=16, lora_alpha=32, target_modules="all-linear"))

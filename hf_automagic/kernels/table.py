@@ -21,7 +21,7 @@ from .support import VECTORS, Stacked, codec_kind, has
 ITERATION = 2048  # elements that a program of any sweep holds at a time, at most
 SMALLEST_TILE, LARGEST_TILE = 2**13, 2**18  # elements of a program
 PROGRAMS = 4096  # that keep a device busy
-SLICE = 1024  # elements of a vector that a program owns
+SLICE = 512  # elements of a vector that a program owns
 CONSTANTS = f.GROUP_WIDTH.value - f.BETA1.value  # of a group's line: what follows from its options
 PURPOSES = {name: zlib.crc32(name.encode()) for name in VECTORS}
 

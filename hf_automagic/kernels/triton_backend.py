@@ -46,7 +46,7 @@ _dtype = operator.attrgetter("dtype")
 # chosen by timing 1 to 4 warps, 8 to 64 elements a thread, and caps on registers, on LoRA and on full weights
 SQUARES, RESIDUALS, AGREEMENT = Work(1024, 4), Work(512, 1), Work(512, 1)
 WRITE = Work(512, 2, registers=80)
-AVERAGES = Work(SLICE, 8)
+AVERAGES = Work(SLICE, 4)
 TOTALS = Work(4096, 16)
 
 
