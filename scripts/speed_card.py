@@ -6,6 +6,7 @@ from typing import Any
 
 COLUMNS = {
     "wall_ms": ("wall ms", "{:.3g}"),
+    "wall_span_ms": ("of all processes", "{0[0]:.3g} to {0[1]:.3g}"),
     "host_ms": ("host ms", "{:.3g}"),
     "gpu_ms": ("GPU ms", "{:.3g}"),
     "cpu_ms": ("CPU ms", "{:.3g}"),
@@ -26,7 +27,8 @@ def card(records: Sequence[Mapping[str, Any]]) -> str:
     """Writes the records as Markdown, a table for each set and dtype, fastest first."""
     parts = [
         "# How long a step takes\n",
-        "`python scripts/benchmark_step.py`: every row in a fresh process, the median of its steps, each awaited. "
+        "`python scripts/benchmark_step.py`: every row in a fresh process, the median of its steps, each awaited; of "
+        "several processes the median one, beside the span of all. "
         "Host is the time until step() returns, GPU the sum of its kernels, waits are host synchronisations a step. "
         "TB/s counts weights, gradients and states read once and written once, whatever the kernels really move. "
         "Rows that lose are printed too.\n",
