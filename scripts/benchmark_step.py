@@ -5,9 +5,9 @@
     python scripts/benchmark_step.py --end_to_end llama-1b        # whole training steps of a PEFT model
     python scripts/benchmark_step.py --redraw                     # table and plot again, from the lines that are there
 
-Every row runs in a fresh process, and first has to move weights as its reference does. A host that others share is twice
-as fast in one minute as in the next: `--processes 5` takes the rows in turns and keeps the median process of each. A line
-that is measured again replaces the older one of the same key.
+Every row runs in a fresh process, and first has to move weights as its reference does. A host that others share is
+twice as fast in one minute as in the next: `--processes 5` takes the rows in turns and keeps the median process of
+each. A line that is measured again replaces the older one of the same key.
 """
 
 import argparse

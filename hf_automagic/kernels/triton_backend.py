@@ -191,17 +191,13 @@ class TritonStep:
         self.is_looking = False
 
     def sweep(self) -> None:
-        """Runs the other sweeps, from where an interrupted call got to: states and weights are written."""
+        """Runs the rest, from where an interrupted call got to: writes states and weights, tunes the next rates."""
         self.series[1].run()
-
-    def finish(self) -> None:
-        """Counts the step and tunes the next rates."""
-        self.series[2].run()
 
     def _plan_launches(
         self, scratch: Tensor, max_norm: float | None, is_global: bool, events: Tensor | None
     ) -> tuple[Series, ...]:
-        """Lists what a step launches: to look, to sweep, to finish."""
+        """Lists what a step launches: to look, to sweep."""
         t, n = self.tables, self.tables.n_slices
         parts, work, sums, squares, residuals = t.cut(scratch)
         look, sweep = [], []
@@ -266,9 +262,9 @@ class TritonStep:
             self.flag, self.totals if events is None else events, len(self.numels), self.n_groups, TOTALS.elements,
             t.measures, is_global, events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
-        last = [Launch(finish, 2, arguments, TOTALS)]
+        sweep.append(Launch(finish, 2, arguments, TOTALS))
         with on_device(scratch.device):
-            return Series(look, scratch), Series(sweep, scratch), Series(last, scratch)
+            return Series(look, scratch), Series(sweep, scratch)
 
 
 def _places(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:

@@ -151,7 +151,6 @@ class FusedStep:
             look,
             lambda: measured.extend(self._step_others(groups, gains, max_grad_norm, sweeps)),
             kernels.sweep,
-            kernels.finish,
             kernels.close,
             lambda: shared.update(host_steps=shared.get("host_steps", 0) + 1),
             lambda: self.pairs.shrink_spectra(rates, kernels.finite, shared["host_steps"], shrunk),
