@@ -339,20 +339,88 @@ def test_a_parameter_without_gradient_sits_the_step_out():
     assert [int(optimizer.state[p]["step"]) for p in params] == [3, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["step", "exp_avg_codes", "exp_avg_sq_row"])
-def test_what_is_put_in_the_place_of_a_state_is_taken_over(name):
+def _in_turn(state, new):
+    for name in list(new):
+        del state[name]
+        state.setdefault(name, new[name])
+
+
+def _the_last(state, new):
+    name, _ = state.popitem()
+    state.setdefault(name, new[name])
+
+
+PUTS = {
+    "codes": lambda state, new: state.__setitem__("exp_avg_codes", new["exp_avg_codes"]),
+    "a count": lambda state, new: state.__setitem__("step", new["step"]),
+    "an update": lambda state, new: state.update(new),
+    "a union": lambda state, new: state.__ior__(new),
+    "the last": _the_last,
+    "one by one": _in_turn,
+    "all anew": lambda state, new: (state.clear(), state.update(new)),
+}
+
+
+@pytest.mark.parametrize("put", PUTS.values(), ids=PUTS)
+def test_what_is_put_in_the_place_of_a_state_is_taken_over(put):
     """As a program puts it there that keeps states elsewhere between steps."""
     (params, optimizer), (others, other) = make(), make()
     run(params, optimizer, range(2))
     run(others, other, range(2))
-    state = optimizer.state[params[0]]
-    state[name] = put = state[name].clone()
+    new = {name: value.clone() for name, value in optimizer.state[params[0]].items()}
+    put(optimizer.state[params[0]], new)
     run(params, optimizer, range(2, 4))
     run(others, other, range(2, 4))
     assert all(map(torch.equal, params, others))
-    assert state[name] is not put
     for p, q in zip(params, others, strict=True):
-        assert all(torch.equal(optimizer.state[p][key], value) for key, value in other.state[q].items())
+        assert all(torch.equal(optimizer.state[p][name], value) for name, value in other.state[q].items())
+    assert all(optimizer.state[params[0]][name] is not value for name, value in new.items())
+
+
+def test_another_entry_is_taken_over():
+    (params, optimizer), (others, other) = make(), make()
+    run(params, optimizer, range(2))
+    run(others, other, range(2))
+    optimizer.state[params[0]] = put = {name: torch.clone(t) for name, t in other.state[others[0]].items()}
+    run(params, optimizer, range(2, 4))
+    run(others, other, range(2, 4))
+    assert all(map(torch.equal, params, others))
+    assert int(put["step"]) == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lr_granularity": "element", "codec": "dynamic"}, {"error_correction": True}]
+)
+@pytest.mark.parametrize("empty", ["entry", "all", "contents"])
+def test_a_state_that_was_emptied_begins_anew(empty, options):
+    """As ReLoRA does, and who starts a new phase."""
+    params, optimizer = make(**options)
+    run(params, optimizer, range(3))
+    if empty == "all":
+        optimizer.state.clear()
+    for p in params:
+        if empty == "entry":
+            del optimizer.state[p]
+        elif empty == "contents":
+            optimizer.state[p].clear()
+    fresh = make(**options)[1]
+    others = [p for group in fresh.param_groups for p in group["params"]]
+    run(params, optimizer, range(3, 5))
+    run(others, fresh, range(3, 5))
+    for p, q in zip(params, others, strict=True):
+        assert optimizer.state[p].keys() == fresh.state[q].keys()
+        assert all(torch.equal(value, optimizer.state[p][name]) for name, value in fresh.state[q].items())
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_copies_of_an_entry_are_plain_dictionaries(copied):
+    params, optimizer = make()
+    run(params, optimizer, range(1))
+    state = optimizer.state[params[0]]
+    twin = copied(state)
+    assert type(twin) is dict
+    assert all(torch.equal(twin[name], value) for name, value in state.items())
+    assert {type(entry) for entry in optimizer.state_dict()["state"].values()} == {dict}
 
 
 def test_a_step_without_any_gradient_does_nothing():

@@ -63,6 +63,7 @@ class Bucket:
         self.chain, self.stored = store_states(config, self.layout, codecs, is_full_weight)
         self.along_rows = {stored.spec.name for stored in self.stored if stored.spec.shape == "rows"}
         self.stacks: dict[str, Tensor] = {}
+        self.initial: dict[str, float] = {}  # of each stack
         self.views: list[dict[str, Tensor]] = []
         self.first_row, self.held_rows = 0, self.layout.rows  # which rows of each matrix are here
         self.keys = torch.tensor(self.positions, dtype=torch.int64, device=self.device)
@@ -76,12 +77,15 @@ class Bucket:
         Returns:
             How many parameters' states were stored in another way, and have been converted.
         """
-        if not self.stacks:
+        is_new, converted = not self.stacks, 0
+        if is_new:
             self._allocate()
-        converted = 0
         for i, (state, views) in enumerate(zip(states, self.views, strict=True)):
             if all(state.get(name) is view for name, view in views.items()):
                 continue
+            if not state and not is_new:  # somebody has emptied it
+                for name, stack in self.stacks.items():
+                    stack[i].fill_(self.initial[name])
             converted += convert_entry(state, self.stored, self.layout)
             for name, view in views.items():
                 if name in state:
@@ -99,8 +103,8 @@ class Bucket:
         stacks: dict[str, Tensor] = {}
         for stored in self.stored:
             for name, (shape, dtype) in stored.fields(rows, cols).items():
-                initial = stored.spec.initial if stored.codec is None else 0
-                stacks[name] = torch.full((n, *shape), initial, dtype=dtype, device=self.device)
+                self.initial[name] = stored.spec.initial if stored.codec is None else 0
+                stacks[name] = torch.full((n, *shape), self.initial[name], dtype=dtype, device=self.device)
         owners = {name: stored for stored in self.stored for name in self._names(stored)}
         views = [{name: self._shown(s, i, name, stacks[name][i]) for name, s in owners.items()} for i in range(n)]
         self.stacks, self.views = stacks, views  # all of them, or, where memory runs out, none

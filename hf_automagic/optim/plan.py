@@ -1,15 +1,13 @@
 """The plan of a step: which parameters step together, and the tensors of the optimizer as a whole."""
 
 import functools
-import itertools
 import logging
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..config import option_names
 from ..quantization import QuantizationStrategy
@@ -26,6 +24,7 @@ from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
 from .sweep import StepInputs, Sweep
 from .tuning import BucketSums
+from .watched_state import StateWatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class Plan:
         """Sorts the parameters into buckets; allocates nothing."""
         self.options = [_options(group) for group in groups]
         self.members, self.kinds = _members(groups), _kinds(groups)
-        self.adopted: list[Tensor] | None = None
+        self.watch = StateWatch()
         refuse_flat_shards(groups)
         buckets, self.ranks = _sort_into_buckets(groups, strategy)
         self.is_spread = any(bucket.is_spread for _, bucket in buckets)
@@ -64,31 +63,30 @@ class Plan:
             are_all_stepped: what spares a look at each, as where every parameter has a gradient.
         """
         members = _members(groups, are_all_stepped)
-        if self.options != [_options(group) for group in groups] or not _are_same(self.members[0], members[0]):
+        if self.options != [_options(group) for group in groups] or self.members[1:] != members[1:]:
             return False
-        if self.members[1:] != members[1:]:
+        if not all(map(operator.is_, self.members[0], members[0])):
             return False
         if self.fused is not None and self.fused.tables_hold() and not self.fused.others:
             return True  # weights that lie where they did are of the same kind
         return self.kinds == _kinds(groups)
 
-    def adopt(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+    def adopt(self, state: MutableMapping[Tensor, dict[str, Tensor]]) -> None:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
-        entries = _entries(state)
-        if self.adopted is not None and _are_same(entries, self.adopted):
+        if self.watch.holds(state):
             return
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
-        self.adopted = _entries(state)
+        self.watch.begin(state)
 
-    def fused_stages(self, state: Mapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
+    def fused_stages(self, state: MutableMapping[Tensor, dict[str, Tensor]], *told: Any) -> list[Callable[[], None]]:
         """Returns a step through the kernels, see `FusedStep.stages`; states are adopted while they look.
 
         None of it is left where triton cannot compile them: then, and from then on, all buckets step eagerly.
         """
         assert self.fused is not None
-        if self.adopted is None:
+        if not self.watch.entries:
             self.adopt(state)
         try:
             look, *rest = self.fused.stages(*told)
@@ -114,24 +112,6 @@ class Plan:
             BucketSums(index, *sums, bucket.numel_with_grad())
             for (index, bucket), sums in zip(self.buckets, found, strict=True)
         ]
-
-
-def _entries(state: Mapping[Tensor, dict[str, Tensor]]) -> list[Tensor]:
-    """Lists all tensors of all states."""
-    return list(itertools.chain.from_iterable(map(dict.values, state.values())))
-
-
-class _Unlike(TorchFunctionMode):
-    """Has tensors that are compared count as unlike."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
-        return False
-
-
-def _are_same(tensors: list[Tensor], others: list[Tensor]) -> bool:
-    """Whether two lists hold the very same tensors: lists ask `==` of those that differ, and are twice as quick."""
-    with _Unlike():
-        return tensors == others
 
 
 def _members(
