@@ -12,12 +12,13 @@ What a step moves, in bytes a parameter (g 4 bytes or 2, p likewise, the momentu
 Row and column averages add up to 4 bytes a parameter on LoRA of rank 16, nothing on full weights. At 3.0 TB/s, what a
 copy reaches on an H100, that is 0.32 to 0.38 ms (fp32) and 0.18 to 0.24 ms (bf16) for the 41.9M elements of a LoRA of
 rank 16 on all linear layers of Llama-3-8B, and 4.8 ms for 1.1B full weights in bf16. Measured in bf16 on an H100 on
-2026-11-22: 0.36 ms (write 0.165, residuals 0.089, averages 0.051, squares 0.047) and 5.8 ms; see
+2026-11-22: 0.35 ms (write 0.162, residuals 0.088, averages 0.046, squares 0.046) and 5.8 ms; see
 model_cards/speed.jsonl, written by scripts/benchmark_step.py. Thin matrices lie further from the copy's speed.
 
 The last clip divides by the RMS of the direction, which row and column sums tell nearly (see `transforms.Confidence`):
 that spares a sweep. The cautious mask needs one more, to count what agrees. The second sweep runs backwards, so that
-it begins with what the cache still holds.
+it begins with what the cache still holds. The host needs longer than the GPU: it looks at every weight and gradient,
+and hands over two CUDA graphs (see `launch.Series`).
 """
 
 import functools
