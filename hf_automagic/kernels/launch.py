@@ -1,7 +1,7 @@
 """Launches whose arguments stay the same from step to step: looked up once, then handed straight to the driver.
 
 Between steps the scratch belongs to others, and may lie elsewhere in the next one. Where it has lain before, all
-launches of a series are handed over at once, as a CUDA graph.
+launches of a series are handed over at once, as a CUDA graph: on the host that takes a third of the time.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from torch import Tensor
 from .arithmetic import IS_NVIDIA, VERSION
 from .support import is_interpreted
 
-# before, a compiled kernel took other arguments; triton's own call finds them out anew each time, 20 us a launch
 logger = logging.getLogger(__name__)
+# before, a compiled kernel took other arguments; triton's own call finds them out anew each time, 20 us a launch
+IS_DIRECT = VERSION >= (3, 3) and not is_interpreted()
 REMEMBERED = 16  # places of the scratch for which graphs are kept
 _refusals: list[RuntimeError] = []  # why no graph can be recorded
-IS_DIRECT = VERSION >= (3, 3) and not is_interpreted()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Series:
                 self.done += 1
 
     def _find_graph(self) -> Any:
-        """Returns the graph for where the scratch lies, made at the second look; None where there is none."""
+        """Returns the graph for where the scratch lies, made when it lies there again; None where there is none."""
         if _refusals or not (IS_DIRECT and IS_NVIDIA.value) or torch.cuda.is_current_stream_capturing():
             return None
         if self.place not in self.graphs:
