@@ -1,9 +1,11 @@
 """Automagic as a torch.optim.Optimizer: its contract, its errors, and what it does with odd input."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -421,6 +423,18 @@ def test_copies_of_an_entry_are_plain_dictionaries(copied):
     assert type(twin) is dict
     assert all(torch.equal(twin[name], value) for name, value in state.items())
     assert {type(entry) for entry in optimizer.state_dict()["state"].values()} == {dict}
+
+
+def test_states_are_freed_with_their_optimizer():
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    states = [weakref.ref(value) for value in optimizer.state[params[0]].values()]
+    gc.disable()  # which would wait for memory on a GPU that somebody needs now
+    try:
+        del optimizer
+        assert [state() for state in states] == [None] * 7
+    finally:
+        gc.enable()
 
 
 def test_a_step_without_any_gradient_does_nothing():
