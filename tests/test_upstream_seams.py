@@ -24,7 +24,7 @@ SEAMS = [
     Seam("transformers.training_args", "OptimizerNames._member_map_", "integrations/transformers.py"),
     Seam("transformers.training_args", "OptimizerNames._member_names_", "integrations/transformers.py"),
     Seam("transformers.training_args", "OptimizerNames._value2member_map_", "integrations/transformers.py"),
-    Seam("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS", "integrations/transformers.py", since="5.0.0"),
+    Seam("transformers.trainer_optimizer", "_OPTIMIZER_HANDLERS", "integrations/transformers.py", since="5.2.0"),
     Seam("transformers.trainer", "Trainer.get_optimizer_cls_and_kwargs", "integrations/transformers.py"),
     Seam("transformers.trainer", "Trainer.create_optimizer", "integrations/transformers.py"),
     Seam("transformers.trainer", "Trainer.compute_loss", "integrations/trainers.py"),

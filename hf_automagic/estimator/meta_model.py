@@ -33,6 +33,7 @@ def build(plan: TrainingPlan) -> tuple[nn.Module, int]:
     cls: Any = _model_class(config)
     with torch.device("meta"), _default_dtype(torch.float32 if plan.base == "fp32" else torch.bfloat16):
         model = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+        model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     saved = _saved_by_quantization(model, plan) if plan.is_quantized else 0
     if plan.rank is not None:
         model = _with_adapters(model, plan, type(model).__name__)

@@ -66,17 +66,23 @@ def simulate_peak(
 
 @contextlib.contextmanager
 def _without_autocast_on_meta() -> Iterator[None]:
-    """Lets models switch autocast off on the meta device, which torch refuses; transformers does so until 5.0."""
-    known: Any = torch.autocast
+    """Lets models switch autocast off on the meta device, which torch refuses, as it does to tell whether it is on.
+
+    transformers does the one until 5.0, and asks the other since.
+    """
+    kept: tuple[Any, ...] = (torch.autocast, torch.is_autocast_enabled)
 
     def autocast(device_type: str, *args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if device_type == "meta" else known(device_type, *args, **kwargs)
+        return contextlib.nullcontext() if device_type == "meta" else kept[0](device_type, *args, **kwargs)
 
-    torch.autocast = autocast  # type: ignore[assignment, misc]
+    def is_autocast_enabled(*device_type: str) -> bool:
+        return "meta" not in device_type and kept[1](*device_type)
+
+    torch.autocast, torch.is_autocast_enabled = autocast, is_autocast_enabled  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        torch.autocast = known  # type: ignore[misc]
+        torch.autocast, torch.is_autocast_enabled = kept  # type: ignore[misc]
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -1,6 +1,6 @@
 """The door into transformers: every registered optimizer becomes a `TrainingArguments(optim=...)` string.
 
-Three places of transformers hold what an `optim=` string needs: the enum OptimizerNames, the table of handlers (5.x)
+Three places of transformers hold what an `optim=` string needs: the enum OptimizerNames, the table of handlers (5.2)
 and `Trainer.get_optimizer_cls_and_kwargs`. Each is opened at once where its module is loaded, otherwise when it loads:
 importing this package must not cost what transformers.training_args does (4 seconds, peft and bitsandbytes included).
 """
@@ -89,7 +89,7 @@ def _remove_members(names: Any) -> None:
 
 
 def _add_handlers(module: ModuleType) -> None:
-    """Adds a handler for each of our names to the table of transformers 5."""
+    """Adds a handler for each of our names to the table of transformers 5.2 and later."""
     table = _handlers(module)
     for value in list_optimizers():
         if value not in table and _is_ours(module, value):
