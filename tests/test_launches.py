@@ -1,5 +1,9 @@
 """Kernels are launched where the scratch lies, one by one or as a CUDA graph, with the same results."""
 
+import ctypes
+import functools
+import signal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +36,69 @@ def test_launches_follow_the_scratch(monkeypatch):
         series.run()
         assert kernel.seen.pop() == (scratch[1].data_ptr(), kept.data_ptr(), scratch.data_ptr(), 0, 0.5)
     assert kernel.seen == []
+
+
+@needs_triton
+def test_launches_follow_the_scratch_after_an_interrupted_beginning(monkeypatch):
+    from hf_automagic.kernels import launch
+
+    monkeypatch.setattr(launch, "IS_DIRECT", True)
+    monkeypatch.setattr(launch.Series, "_find_graph", lambda self: None)
+    kernel, first, second = Kernel(), torch.zeros(64), torch.zeros(64)
+    series = launch.Series([launch.Launch(kernel, 3, (first,)) for _ in range(2)], first)
+    follow = launch.Launch.follow
+
+    def interrupted(self: Any, place: int) -> None:
+        follow(self, place)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.Launch, "follow", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        series.begin(second)
+    monkeypatch.setattr(launch.Launch, "follow", follow)
+    series.begin(second)
+    series.run()
+    assert kernel.seen == [(second.data_ptr(),)] * 2
+
+
+@needs_triton
+def test_a_graph_is_replayed_once_whenever_ctrl_c_comes(monkeypatch):
+    from hf_automagic.kernels import launch
+
+    class Base:  # of a graph, whose replay is C that Ctrl-C finds running
+        replay = functools.partial(ctypes.CDLL(None)["raise"], signal.SIGINT)
+
+    class Graph(Base):
+        pass
+
+    found: list[Graph] = []
+    monkeypatch.setattr(launch.Series, "_find_graph", lambda self: found.append(Graph()) or found[-1])
+    scratch = torch.zeros(64)
+    series = launch.Series([launch.Launch(Kernel(), 3, (scratch,))], scratch)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            series.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    series.run()
+    assert len(found) == 1
+
+
+@needs_triton
+def test_graphs_are_kept_for_the_places_that_come_again(monkeypatch):
+    from hf_automagic.kernels import launch
+
+    monkeypatch.setattr(launch, "IS_DIRECT", True)
+    monkeypatch.setattr(launch, "IS_NVIDIA", SimpleNamespace(value=True))
+    monkeypatch.setattr(launch, "REMEMBERED", 3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(launch.Series, "_capture", lambda self: self.place)
+    series = launch.Series([], torch.zeros(1))
+    for place, graph in ((1, None), (1, 1), (2, None), (3, None), (1, 1), (4, None), (2, None), (1, 1), (4, 4)):
+        series.place = place
+        assert series._find_graph() == graph, place
+        assert len(series.graphs) <= 3
 
 
 def graphs(optimizer: Any) -> list[Any]:

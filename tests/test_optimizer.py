@@ -1,5 +1,6 @@
 """Automagic as a torch.optim.Optimizer: its contract, its errors, and what it does with odd input."""
 
+import collections
 import copy
 import gc
 import io
@@ -9,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_automagic import Automagic, AutomagicConfig
 
@@ -414,14 +416,63 @@ def test_a_state_that_was_emptied_begins_anew(empty, options):
         assert all(torch.equal(value, optimizer.state[p][name]) for name, value in fresh.state[q].items())
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
-def test_copies_of_an_entry_are_plain_dictionaries(copied):
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+def test_a_dictionary_that_was_put_stays_and_is_looked_at(kind):
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    optimizer.state[params[0]] = put = kind(optimizer.state[params[0]])
+    run(params, optimizer, range(2, 3))
+    assert optimizer.state[params[0]] is put
+    put["step"] = torch.zeros(())
+    run(params, optimizer, range(3, 4))
+    assert int(put["step"]) == 1
+
+
+def test_a_dictionary_fetched_before_the_first_step_is_the_one_that_fills():
+    params, optimizer = make()
+    fetched = optimizer.state[params[0]]
+    run(params, optimizer, range(2))
+    fetched["step"] = torch.zeros(())
+    run(params, optimizer, range(2, 3))
+    assert int(fetched["step"]) == 1
+
+
+def test_a_field_that_was_taken_out_begins_anew():
+    params, optimizer = make()
+    run(params, optimizer, range(3))
+    state = optimizer.state[params[0]]
+    del state["exp_avg_codes"], state["exp_avg_scale"]
+    run(params, optimizer, range(3, 4))
+    assert bool((state["exp_avg_codes"] * params[0].grad >= 0).all())  # of this step's gradient alone
+    assert int(state["step"]) == 4
+
+
+def test_entries_are_made_by_others_as_they_make_dictionaries():
+    params, optimizer = make()
+    run(params, optimizer, range(2))
+    for p in params:
+        entry = optimizer.state[p]
+        optimizer.state[p] = type(entry)({name: value.clone() for name, value in entry.items()})
+    run(params, optimizer, range(2, 4))
+    others, other = make()
+    run(others, other, range(4))
+    assert all(map(torch.equal, params, others))
+    leaves = tree_leaves(dict(optimizer.state))
+    assert len(leaves) == sum(map(len, optimizer.state.values()))
+    doubled = tree_map(lambda value: value * 2, optimizer.state[params[0]])
+    assert torch.equal(doubled["step"], optimizer.state[params[0]]["step"] * 2)
+
+
+def test_copies_of_an_entry_are_plain_and_load_as_weights_only():
     params, optimizer = make()
     run(params, optimizer, range(1))
     state = optimizer.state[params[0]]
-    twin = copied(state)
-    assert type(twin) is dict
-    assert all(torch.equal(twin[name], value) for name, value in state.items())
+    file = io.BytesIO()
+    torch.save(state, file)
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    for twin in (copy.copy(state), copy.deepcopy(state), pickle.loads(pickle.dumps(state)), loaded):
+        assert type(twin) in (dict, collections.OrderedDict)
+        assert all(torch.equal(twin[name], value) for name, value in state.items())
     assert {type(entry) for entry in optimizer.state_dict()["state"].values()} == {dict}
 
 

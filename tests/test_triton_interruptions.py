@@ -92,6 +92,40 @@ def test_other_errors_before_a_step_are_raised(monkeypatch):
 
 
 @runs_kernels
+@pytest.mark.parametrize("broken", ["_on_host", "_copy_odd"])
+def test_gradients_whose_upload_broke_are_uploaded_again(monkeypatch, broken):
+    from hf_automagic.kernels.triton_backend import TritonStep
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    case, dtype, shapes = CASES[1], torch.float32, [(16, 64), (17,)]
+    twins = [build(parameters(dtype, shapes), case, "triton") for _ in range(2)]
+    take(twins, case, range(1), dtype)
+    twin_params = [[p for group in o.param_groups for p in group["params"]] for o in twins]
+    for params in twin_params:
+        for p in params:
+            assert p.grad is not None
+            moved = torch.cat([p.grad.new_zeros(4), -3 * p.grad.flatten()])  # on 16 bytes again, or not
+            p.grad = moved[4:].view(p.shape) if broken == "_on_host" else moved[1:-3].view(p.shape)
+    with monkeypatch.context() as patch:
+        patch.setattr(TritonStep, broken, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            twins[0].step()
+    for _ in range(2):
+        for optimizer in twins:
+            optimizer.step()
+    assert all(map(torch.equal, *twin_params))
+
+
+@runs_kernels
+def test_parameters_without_elements_alone_take_a_step():
+    optimizer = build(parameters(torch.float32, [(0, 4), (0,)]), Case("", {}), "triton")
+    take([optimizer], Case("", {}), range(2), torch.float32)
+    assert int(optimizer.param_groups[0]["counters"]["applied"]) == 2
+
+
+@runs_kernels
 def test_a_look_that_was_interrupted_leaves_no_offender_to_other_gradients(monkeypatch, caplog):
     case, dtype, shapes = Case("", {}, broken=(0,)), torch.float32, [(16, 64), (17,), (16, 64)]
     optimizer = build(parameters(dtype, shapes), case, "triton")

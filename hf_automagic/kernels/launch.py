@@ -6,6 +6,8 @@ launches of a series are handed over at once, as a CUDA graph: on the host that 
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +62,7 @@ class Launch:
     work: Work = Work()
     _run: Any = None
     _addresses: list[Any] = dataclasses.field(default_factory=list)
-    _in_scratch: list[int] = dataclasses.field(default_factory=list)
+    _in_scratch: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # argument, bytes from its start
 
     def prepare(self, scratch: Tensor) -> None:
         """Compiles the kernel and loads it, which may fail, before anything is launched.
@@ -72,18 +74,17 @@ class Launch:
             compiled = self.kernel.warmup(*self.arguments, grid=(self.programs,), **self.work.options())
             self._run = compiled[(self.programs, 1, 1)]
             self._addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in self.arguments]
-            held = scratch.untyped_storage().data_ptr()
             self._in_scratch = [
-                i
+                (i, a.data_ptr() - scratch.data_ptr())
                 for i, a in enumerate(self.arguments)
-                if isinstance(a, Tensor) and a.numel() and a.untyped_storage().data_ptr() == held
+                if isinstance(a, Tensor) and a.numel() and _storage(a) == _storage(scratch)
             ]
             self.arguments = ()  # scratch is not to be kept between steps
 
-    def move(self, distance: int) -> None:
-        """Follows the scratch, which lies so many bytes from where it lay."""
-        for i in self._in_scratch:
-            self._addresses[i] += distance
+    def follow(self, place: int) -> None:
+        """Takes the addresses in the scratch from where it lies."""
+        for i, offset in self._in_scratch:
+            self._addresses[i] = place + offset
 
     def __call__(self, stream: int) -> None:
         """Launches."""
@@ -105,25 +106,27 @@ class Series:
         """Compiles the kernels, which may fail."""
         self.launches, self.device, self.place = list(launches), scratch.device, scratch.data_ptr()
         self.done = 0
-        self.graphs: dict[int, Any] = {}
+        self.replayed: list[None] = []
+        self.graphs: dict[int, Any] = {}  # the latest last
         for launch in launches:
             launch.prepare(scratch)
 
     def begin(self, scratch: Tensor) -> None:
         """Begins anew, with scratch that lies there."""
-        place, self.done = scratch.data_ptr(), 0
-        if place != self.place:
-            for launch in self.launches:
-                launch.move(place - self.place)
-            self.place = place
+        self.place, self.done = scratch.data_ptr(), 0
+        self.replayed.clear()
+        for launch in self.launches:
+            launch.follow(self.place)
 
     def run(self) -> None:
         """Launches what is left, from where an interrupted call got to."""
         with on_device(self.device):
-            graph = None if self.done else self._find_graph()
-            if graph is not None:
-                graph.replay()
-                self.done = len(self.launches)
+            graph = None if self.done or self.replayed else self._find_graph()
+            if graph is not None:  # without a line of Python between the replay and its note, where Ctrl-C would raise
+                replay: Any = super(type(graph), graph)
+                self.replayed.extend(itertools.starmap(replay.replay, [()]))
+            if self.replayed:
+                return
             stream = current_stream(self.device)
             for launch in self.launches[self.done :]:
                 launch(stream)
@@ -133,31 +136,39 @@ class Series:
         """Returns the graph for where the scratch lies, made when it lies there again; None where there is none."""
         if _refusals or not (IS_DIRECT and IS_NVIDIA.value) or torch.cuda.is_current_stream_capturing():
             return None
-        if self.place not in self.graphs:
-            if len(self.graphs) >= REMEMBERED:
-                del self.graphs[next(iter(self.graphs))]
-            self.graphs[self.place] = None
-        elif self.graphs[self.place] is None:
-            self.graphs[self.place] = self._capture()
+        is_known = self.place in self.graphs
+        graph = self.graphs.pop(self.place, None)
+        if len(self.graphs) >= REMEMBERED:
+            del self.graphs[next(iter(self.graphs))]
+        self.graphs[self.place] = graph if graph is not None or not is_known else self._capture()
         return self.graphs[self.place]
 
     def _capture(self) -> Any:
         """Records the launches as a graph, which launches nothing; None where that fails, which is said once."""
-        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         try:
+            graph, side = torch.cuda.CUDAGraph(), _side_stream(self.device)
             with torch.cuda.stream(side):
-                # relaxed: what other threads do meanwhile is neither recorded nor in the way
-                graph.capture_begin(capture_error_mode="relaxed")
+                graph.capture_begin(capture_error_mode="relaxed")  # whatever other threads do meanwhile
                 try:
                     for launch in self.launches:
                         launch(side.cuda_stream)
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            _refusals.append(error)
-            logger.warning("kernels are launched one by one, as they cannot be recorded as a CUDA graph: %s", error)
+            if not isinstance(error, torch.OutOfMemoryError):  # there may be some in the next step
+                _refusals.append(error)
+                logger.warning("kernels are launched one by one, as torch cannot record a CUDA graph: %s", error)
             return None
         return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -62,6 +62,8 @@ def find_obstacle(bucket: Stacked) -> str | None:
         return "sharded or another kind of tensor"
     if not all(p.is_contiguous() for p in bucket.params):
         return "not contiguous"
+    if not bucket.layout.shape.numel():
+        return "no elements"
     return _chain_obstacle(bucket) or _storage_obstacle(bucket)
 
 

@@ -113,13 +113,13 @@ class TritonStep:
         is_dense = all(map(Tensor.is_contiguous, present))
         if self.is_plain and addresses == self.seen and is_dense:
             return
-        self.seen, self.kept = addresses, []
+        self.is_plain, self.kept, places = False, [], addresses
         is_usual = len(present) == len(grads) and is_dense and not functools.reduce(operator.or_, addresses) & 15
         if not is_usual or list(map(_dtype, present)) != self.dtypes:
-            addresses = self._copy_odd(grads, addresses)
-        self.is_plain = not self.kept
-        self.grads.copy_(self._on_host(addresses, torch.int64), non_blocking=True)
-        self.counts = [sum(itertools.compress(self.numels[own], addresses[own])) for own in self.of_groups]
+            places = self._copy_odd(grads, addresses)
+        self.grads.copy_(self._on_host(places, torch.int64), non_blocking=True)
+        self.counts = [sum(itertools.compress(self.numels[own], places[own])) for own in self.of_groups]
+        self.seen, self.is_plain = addresses, not self.kept
 
     def _copy_odd(self, grads: Sequence[Tensor | None], addresses: Sequence[int]) -> list[int]:
         """Copies the gradients that the kernels could not read where they are; returns where all of them are then."""

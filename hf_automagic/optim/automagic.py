@@ -33,6 +33,7 @@ from .open_step import OpenStep
 from .pairs import PairRanks, check_aligned
 from .plan import Plan, prepare_shared, shared_device
 from .storage import codecs_of_group
+from .watched_state import watch_entries
 
 logger = logging.getLogger(__name__)
 
@@ -295,6 +296,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restores a pickled or copied optimizer; the stacks are built anew in the next step."""
         super().__setstate__(state)
+        watch_entries(self.state)
         self._plan = self._interrupted = None
         vars(self).setdefault("loss_intake", LossIntake())
         vars(self).setdefault("quantization_strategy", None)

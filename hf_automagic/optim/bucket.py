@@ -83,13 +83,12 @@ class Bucket:
         for i, (state, views) in enumerate(zip(states, self.views, strict=True)):
             if all(state.get(name) is view for name, view in views.items()):
                 continue
-            if not state and not is_new:  # somebody has emptied it
-                for name, stack in self.stacks.items():
-                    stack[i].fill_(self.initial[name])
             converted += convert_entry(state, self.stored, self.layout)
             for name, view in views.items():
                 if name in state:
                     self._load(i, name, torch.as_tensor(state[name]))
+                elif not is_new:  # somebody has taken it out
+                    self.stacks[name][i].fill_(self.initial[name])
                 state[name] = view
         return converted
 

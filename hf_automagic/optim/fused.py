@@ -1,6 +1,7 @@
 """The seam between the optimizer and its fused backend: which buckets it steps, and one step through it."""
 
 import functools
+import itertools
 import logging
 import math
 import sys
@@ -178,12 +179,9 @@ class FusedStep:
             from ..kernels.table import CONSTANTS, group_constants
             from ..kernels.triton_backend import TritonStep
 
-            chosen = [self.buckets[number] for number in self.fused if self.buckets[number][1].layout.shape.numel()]
-            first, self.places = 0, {}
-            for number in self.fused:
-                if self.buckets[number][1].layout.shape.numel():
-                    self.places[number] = first
-                    first += len(self.buckets[number][1].params)
+            chosen = [self.buckets[number] for number in self.fused]
+            ends = itertools.accumulate((len(bucket.params) for _, bucket in chosen), initial=0)
+            self.places = dict(zip(self.fused, ends, strict=False))
             self.kernels = TritonStep(chosen, len(groups))
             configs = {index: bucket.config for index, bucket in self.buckets}
             empty = [0.0] * CONSTANTS

@@ -24,7 +24,7 @@ from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
 from .sweep import StepInputs, Sweep
 from .tuning import BucketSums
-from .watched_state import StateWatch
+from .watched_state import StateWatch, WatchedState
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,10 @@ class Plan:
         """Takes over what was put into `optimizer.state`, converted where it was stored in another way."""
         if self.watch.holds(state):
             return
+        for _, bucket in self.buckets:
+            for p in bucket.params:
+                if p not in state:
+                    state[p] = WatchedState()
         converted = sum(bucket.adopt([state[p] for p in bucket.params]) for _, bucket in self.buckets)
         if converted:
             logger.info("the states of %d parameters were stored in another way and have been converted", converted)
