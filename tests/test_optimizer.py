@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_automagic import Automagic, AutomagicConfig
 
@@ -457,10 +456,6 @@ def test_entries_are_made_by_others_as_they_make_dictionaries():
     others, other = make()
     run(others, other, range(4))
     assert all(map(torch.equal, params, others))
-    leaves = tree_leaves(dict(optimizer.state))
-    assert len(leaves) == sum(map(len, optimizer.state.values()))
-    doubled = tree_map(lambda value: value * 2, optimizer.state[params[0]])
-    assert torch.equal(doubled["step"], optimizer.state[params[0]]["step"] * 2)
 
 
 def test_copies_of_an_entry_are_plain_and_load_as_weights_only():
@@ -474,6 +469,71 @@ def test_copies_of_an_entry_are_plain_and_load_as_weights_only():
         assert type(twin) in (dict, collections.OrderedDict)
         assert all(torch.equal(twin[name], value) for name, value in state.items())
     assert {type(entry) for entry in optimizer.state_dict()["state"].values()} == {dict}
+
+
+def test_a_schedule_multiplies_a_rate_in_a_tensor_too():
+    rates = []
+    for lr in (1e-4, torch.tensor(1e-4)):
+        params, optimizer = make(lr=lr)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        seen = []
+        for seed in range(5):
+            run(params, optimizer, [seed])
+            seen.append(optimizer.get_learning_rates()[0])
+            scheduler.step()
+        rates.append(seen)
+    assert rates[1] == pytest.approx(rates[0], rel=1e-5)
+    assert rates[0][4] < 0.2 * rates[0][0]
+
+
+@pytest.mark.parametrize("given", ["to the optimizer", "to its group", "later", "in a file"])
+def test_the_norm_of_all_gradients_is_bounded_wherever_the_bound_is_given(given):
+    bound = {"max_grad_norm": 1e-4}
+    own = {"self_tuning": False, "lr": 1e-2, "momentum_order": "before"}
+    params, clipped = make(**own, **bound)
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    in_group, told = bound if given == "to its group" else {}, bound if given == "to the optimizer" else {}
+    other = Automagic([{"params": others, **in_group}], **own, **told)
+    if given == "later":
+        other.param_groups[0].update(bound)
+    if given == "in a file":
+        other.load_state_dict(clipped.state_dict())
+    for seed in range(3):
+        for some, optimizer in ((params, clipped), (others, other)):
+            fill(some, seed, scale=10.0 ** (seed - 3))
+            optimizer.step()
+    assert all(map(torch.equal, params, others))
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1.0), ("lr_pool", "group")])
+def test_what_holds_for_all_groups_cannot_differ_between_them(name, value):
+    params, _ = make()
+    with pytest.raises(ValueError, match=f"{name} holds for all groups"):
+        Automagic([{"params": params[:1]}, {"params": params[1:], name: value}])
+
+
+@pytest.mark.parametrize("change", ["pop", "append"])
+def test_a_parameter_list_that_was_changed_is_told(change):
+    params, _ = make()
+    optimizer = Automagic([(f"layer.{i}", p) for i, p in enumerate(params)])
+    run(params, optimizer, range(1))
+    members = optimizer.param_groups[0]["params"]
+    members.pop() if change == "pop" else members.append(torch.nn.Parameter(torch.zeros(3, 3)))
+    with pytest.raises(ValueError, match="must have an entry for each parameter"):
+        run(params, optimizer, range(1, 2))
+
+
+def test_the_clock_goes_on_where_groups_change_their_order():
+    params, _ = make()
+    optimizer = Automagic([{"params": [p]} for p in params], context=True)
+    for seed in range(3):
+        fill(params, seed)
+        optimizer.step(loss=torch.ones(()))
+    optimizer.param_groups.reverse()
+    fill(params, 3)
+    optimizer.step(loss=torch.ones(()))
+    assert int(optimizer.param_groups[0]["counters"]["applied"]) == 4
+    assert "counters" not in optimizer.param_groups[2]
 
 
 def test_states_are_freed_with_their_optimizer():

@@ -17,7 +17,9 @@ from .conversion import LiveStorage
 from .describe import describe
 from .events import Event, read_events
 from .groups import (
+    OF_ALL,
     base_lr,
+    check_common,
     check_members,
     effective_lr,
     fill_group,
@@ -81,7 +83,9 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, filled in with the optimizer's options and the rails of its role."""
-        super().add_param_group(fill_group(param_group, self.config))
+        filled = fill_group(param_group, self.config)
+        check_common([*self.param_groups, filled])
+        super().add_param_group(filled)
         group = self.param_groups[-1]
         check_aligned(group)
         check_members(group)
@@ -158,12 +162,13 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
         if not present:
             return
         check_rates(self.param_groups)
+        shared = self.param_groups[0]
         opened = self._reopen(present) or OpenStep(loss)
         try:
             if opened.plan is None or not opened.is_looked_at:
                 opened.plan = plan = self._current_plan(len(present) == len(grads))
                 if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
-                    told = (self.param_groups, grads, loss, self.config.max_grad_norm, self.config.lr_pool)
+                    told = (self.param_groups, grads, loss, *(shared[name] for name in OF_ALL))
                     opened.stages = plan.fused_stages(self.state, *told)
                 if opened.stages:
                     opened.stages.append(self._adapt_when_due)
@@ -172,8 +177,8 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
                     self._set_rates()
                     opened.gains = opened.plan.pairs.row_gains()
                     positions = [i for i, grad in enumerate(grads) if grad is not None]
-                    opened.check = check_gradients(present, positions, self.config.max_grad_norm, plan.ranks)
-            opened.finish(self.param_groups, self.config.lr_pool, self._adapt_when_due)
+                    opened.check = check_gradients(present, positions, shared["max_grad_norm"], plan.ranks)
+            opened.finish(self.param_groups, shared["lr_pool"], self._adapt_when_due)
         except (NotImplementedError, RuntimeError):
             refuse_sparse(self.param_groups)  # torch's own words name neither whose nor why
             raise

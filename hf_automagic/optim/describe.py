@@ -48,5 +48,5 @@ def _policy(optimizer: Any) -> str:
         return "The learning rate is yours; schedulers act on it as usual."
     if not any(searches(group) for group in optimizer.param_groups):
         return "The learning rate follows from role, width and step, whatever lr is; a scheduler multiplies it."
-    pool = "all groups together" if optimizer.config.lr_pool == "global" else "each group for itself"
+    pool = "all groups together" if optimizer.param_groups[0]["lr_pool"] == "global" else "each group for itself"
     return f"The learning rate is searched for from lr, {pool}; a scheduler multiplies it."

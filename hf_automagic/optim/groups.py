@@ -14,6 +14,7 @@ from .roles import Role
 
 logger = logging.getLogger(__name__)
 
+OF_ALL = ("max_grad_norm", "lr_pool")  # options of the step as a whole, which no group has for itself
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -56,8 +57,24 @@ def fill_group(group: dict[str, Any], config: AutomagicConfig) -> dict[str, Any]
         filled["rail_steps"] = math.ceil(options["rail_steps"] * role.fall_scale(is_full_weight, is_fresh))
     if not (role.decays or "weight_decay" in own):
         filled["weight_decay"] = 0.0
-    filled.setdefault("initial_lr", filled["lr"])
+    start = filled["lr"]  # schedulers change one in a tensor in place
+    filled.setdefault("initial_lr", start.detach().clone() if isinstance(start, Tensor) else start)
     return filled
+
+
+def check_common(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises where groups differ in an option of the step as a whole; the first group's is the one that counts.
+
+    Raises:
+        ValueError: with the option and its values.
+    """
+    for name in OF_ALL:
+        values = list(dict.fromkeys(group[name] for group in groups))
+        if len(values) > 1:
+            raise ValueError(
+                f"{name} holds for all groups and cannot be {values[0]!r} in one and {values[1]!r} in another; "
+                "give it to the optimizer"
+            )
 
 
 def _role(name: str) -> Role:

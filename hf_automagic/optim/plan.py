@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..config import option_names
 from ..quantization import QuantizationStrategy
+from .attach import SHARED
 from .bucket import Bucket
 from .compiled_bucket import CompiledBucket
 from .context import fit_context
@@ -19,7 +20,7 @@ from .events import new_events
 from .fused import FusedStep, choose_backend, give_up_triton, is_of_compiler
 from .groups import check_members, group_config, is_stepped, parameter_names
 from .guard import new_counters
-from .pairs import PairView
+from .pairs import PairView, check_aligned
 from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
 from .sweep import StepInputs, Sweep
@@ -43,6 +44,8 @@ class Plan:
         self.members, self.kinds = _members(groups), _kinds(groups)
         self.watch = StateWatch()
         refuse_flat_shards(groups)
+        for group in groups:
+            check_aligned(group)
         buckets, self.ranks = _sort_into_buckets(groups, strategy)
         self.is_spread = any(bucket.is_spread for _, bucket in buckets)
         device = shared_device(groups)
@@ -174,6 +177,10 @@ def prepare_shared(groups: Sequence[dict[str, Any]]) -> None:
     Every group has its `log_rate` and `update_rms`; the first one also keeps the counters, the events and the context.
     """
     device = shared_device(groups)
+    for name in SHARED:  # the first group may have been another
+        owner = next((group for group in groups if name in group), groups[0])
+        if owner is not groups[0]:
+            groups[0][name] = owner.pop(name)
     for group in groups:
         for name in ("log_rate", "update_rms"):
             group[name] = group.setdefault(name, torch.zeros((), device=device)).to(device)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import register_pytree_node
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,11 +48,6 @@ def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update"):
     setattr(WatchedState, _name, _noting(getattr(dict, _name)))
-register_pytree_node(
-    WatchedState,
-    lambda entry: (list(entry.values()), list(entry)),
-    lambda values, names: dict(zip(names, values, strict=True)),
-)
 
 
 def watch_entries(state: MutableMapping[Any, Any]) -> None:

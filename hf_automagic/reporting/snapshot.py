@@ -157,7 +157,7 @@ class OptimizerSnapshot:
             applied_steps=int(values["applied"]),
             skipped_steps=int(values["skipped"]),
             skipped_in_a_row=int(values["consecutive"]),
-            offender=None if offender < 0 else names[offender],
+            offender=None if offender < 0 else names[offender] if offender < len(names) else f"parameter {offender}",
             lr=dataclasses.replace(weigh_rates(rates), mean=mean),
             groups=groups,
             update_rms=math.sqrt(
