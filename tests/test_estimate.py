@@ -273,6 +273,14 @@ def test_the_command_answers_mistakes_in_a_sentence(
     assert sentence in error
 
 
+def test_a_model_that_reads_more_than_it_is_given_is_told_in_a_sentence(tmp_path, capsys: pytest.CaptureFixture[str]):
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(text_config=size, vision_config=size, architectures=["CLIPModel"])
+    config.save_pretrained(tmp_path)
+    assert main(["estimate", str(tmp_path), "--sequence-length", "16"]) == 1
+    assert "CLIPModel cannot be played with input_ids alone" in capsys.readouterr().err
+
+
 # the measured card
 
 CARD = ROOT / "model_cards" / "memory.md"

@@ -76,7 +76,12 @@ def estimate_memory(plan: TrainingPlan, optimizers: Sequence[str] = ("automagic_
     trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     states = {name: state_bytes(name, model) for name in optimizers}
     compute = torch.float32 if plan.base == "fp32" else torch.bfloat16
-    peak = simulate_peak(model, example_inputs(model, plan), compute, checkpointing=plan.checkpointing)
+    inputs = example_inputs(model, plan)
+    try:
+        peak = simulate_peak(model, inputs, compute, checkpointing=plan.checkpointing)
+    except AttributeError as error:  # None has none, which stands for the input that is missing
+        told = f"{type(model).__name__} cannot be played with {' and '.join(inputs)} alone"
+        raise ValueError(f"{told}: {error}") from error
     if plan.is_quantized:
         peak += 2 * largest_linear(model)
     del model
