@@ -68,9 +68,7 @@ class AutomagicTrainerMixin(_Base):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self._kept is not None:
-                self._kept.put_back()  # the best model, too, is loaded as fp32
-                self._kept = None
+            self._kept = None
 
     def _with_whole_checkpoint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the arguments of `train` with the checkpoint that is resumed, after a look at its files."""
@@ -102,6 +100,12 @@ class AutomagicTrainerMixin(_Base):
         if self._kept is not None:
             self._kept.put_back()
         return super().create_optimizer(*args, **kwargs)
+
+    def _load_best_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the best model, which PEFT makes fp32 as it does a checkpoint's."""
+        super()._load_best_model(*args, **kwargs)
+        if self._kept is not None:
+            self._kept.put_back()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Computes loss and gradients of a micro-batch, and shows the loss to the optimizer."""

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_automagic import Automagic
 from hf_automagic.callbacks import EdgeCaseCallback, OptimizerStatsCallback
@@ -197,6 +197,19 @@ def test_a_trainer_that_resumes_itself_trains_the_parameters_of_the_model(tmp_pa
     known = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert known == {id(p) for p in trainer.model.parameters() if p.requires_grad}
     assert_same_bits(end, weights(trainer.model))
+
+
+class Upcast(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for p in model.parameters():
+            p.data = p.data.float()
+
+
+def test_a_cast_that_the_user_makes_in_training_stays(tmp_path):
+    trainer = language(tmp_path, tiny_llama(torch.bfloat16), bf16=True)
+    trainer.add_callback(Upcast())
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_the_best_model_keeps_its_dtype(tmp_path):

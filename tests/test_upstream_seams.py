@@ -29,6 +29,7 @@ SEAMS = [
     Seam("transformers.trainer", "Trainer.create_optimizer", "integrations/transformers.py"),
     Seam("transformers.trainer", "Trainer.compute_loss", "integrations/trainers.py"),
     Seam("transformers.trainer", "Trainer.create_model_card", "trainer.py"),
+    Seam("transformers.trainer", "Trainer._load_best_model", "trainer.py"),
     Seam("transformers.trainer_callback", "ExportableState", "callbacks.py"),
     Seam("peft.tuners.tuners_utils", "BaseTunerLayer.adapter_layer_names", "peft_layers.py"),
     Seam("accelerate.optimizer", "AcceleratedOptimizer", "reporting/rates.py"),
