@@ -113,10 +113,13 @@ class Series:
 
     def begin(self, scratch: Tensor) -> None:
         """Begins anew, with scratch that lies there."""
-        self.place, self.done = scratch.data_ptr(), 0
+        place, self.done = scratch.data_ptr(), 0
         self.replayed.clear()
-        for launch in self.launches:
-            launch.follow(self.place)
+        if place != self.place:
+            self.place = 0  # until all have followed
+            for launch in self.launches:
+                launch.follow(place)
+            self.place = place
 
     def run(self) -> None:
         """Launches what is left, from where an interrupted call got to."""
