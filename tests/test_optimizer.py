@@ -427,6 +427,15 @@ def test_a_dictionary_that_was_put_stays_and_is_looked_at(kind):
     assert int(put["step"]) == 1
 
 
+def test_others_may_keep_things_in_the_state():
+    params, optimizer = make()
+    optimizer.state["seen"] = 3  # type: ignore[index]
+    run(params, optimizer, range(2))
+    other = copy.deepcopy(optimizer)
+    assert other.state["seen"] == 3
+    assert int(optimizer.state[params[0]]["step"]) == 2
+
+
 def test_a_dictionary_fetched_before_the_first_step_is_the_one_that_fills():
     params, optimizer = make()
     fetched = optimizer.state[params[0]]

@@ -53,7 +53,7 @@ for _name in ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem"
 def watch_entries(state: MutableMapping[Any, Any]) -> None:
     """Turns the entries of an `optimizer.state` that nobody else holds, as after a load, into watched ones."""
     for param, entry in state.items():
-        if not isinstance(entry, WatchedState):
+        if isinstance(entry, dict) and not isinstance(entry, WatchedState):
             state[param] = WatchedState(entry)
 
 
@@ -76,7 +76,7 @@ class StateWatch:
         for entry in self.entries:
             if isinstance(entry, WatchedState):
                 entry.note = self.note
-            else:
+            elif isinstance(entry, Mapping):  # others may keep what they like beside the parameters' entries
                 self.unwatched.append(entry)
         self.tensors, self.note.is_touched = _tensors(self.unwatched), False
 
