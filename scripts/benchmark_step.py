@@ -135,9 +135,9 @@ def measure_here(options: argparse.Namespace) -> dict[str, Any]:
 
 def typical(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the record of the median process of a row, with the span of all of them."""
-    walls = [record["wall_ms"] for record in records]
-    middle = sorted(records, key=lambda record: record["wall_ms"])[(len(records) - 1) // 2]
-    return middle if len(walls) == 1 else {**middle, "wall_span_ms": [min(walls), max(walls)], "processes": len(walls)}
+    ordered = sorted(records, key=lambda record: record["wall_ms"])
+    middle, span = ordered[(len(ordered) - 1) // 2], [ordered[i]["wall_ms"] for i in (0, -1)]
+    return middle if len(ordered) == 1 else {**middle, "wall_span_ms": span, "processes": len(ordered)}
 
 
 def keep(record: Mapping[str, Any], path: Path) -> None:

@@ -108,8 +108,9 @@ class Series:
         self.done = 0
         self.replayed: list[None] = []
         self.graphs: dict[int, Any] = {}  # the latest last
-        for launch in launches:
-            launch.prepare(scratch)
+        with _on(self.device):
+            for launch in launches:
+                launch.prepare(scratch)
 
     def begin(self, scratch: Tensor) -> None:
         """Begins anew, with scratch that lies there."""
@@ -123,14 +124,14 @@ class Series:
 
     def run(self) -> None:
         """Launches what is left, from where an interrupted call got to."""
-        with on_device(self.device):
+        with _on(self.device):
             graph = None if self.done or self.replayed else self._find_graph()
             if graph is not None:  # without a line of Python between the replay and its note, where Ctrl-C would raise
                 replay: Any = super(type(graph), graph)
                 self.replayed.extend(itertools.starmap(replay.replay, [()]))
             if self.replayed:
                 return
-            stream = current_stream(self.device)
+            stream = _current_stream(self.device)
             for launch in self.launches[self.done :]:
                 launch(stream)
                 self.done += 1
@@ -174,11 +175,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Makes a device the current one, as what compiles and launches has to find it."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def current_stream(device: torch.device) -> int:
+def _current_stream(device: torch.device) -> int:
     """Returns the handle of the stream that torch launches on, 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import fields as f
 from .decide import decide, finish
-from .launch import IS_DIRECT, REMEMBERED, Launch, Series, Work, on_device
+from .launch import IS_DIRECT, REMEMBERED, Launch, Series, Work
 from .plain import check_plain, step_plain
 from .support import Stacked, is_interpreted
 from .sweeps import count_agreement, sum_residuals, sum_squares
@@ -264,8 +264,7 @@ class TritonStep:
             t.measures, is_global, events is not None, 0 if events is None else events.numel(),
         )  # fmt: skip
         sweep.append(Launch(finish, 2, arguments, TOTALS))
-        with on_device(scratch.device):
-            return Series(look, scratch), Series(sweep, scratch)
+        return Series(look, scratch), Series(sweep, scratch)
 
 
 def _places(tensors: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:

@@ -17,7 +17,6 @@ from .conversion import LiveStorage
 from .describe import describe
 from .events import Event, read_events
 from .groups import (
-    OF_ALL,
     base_lr,
     check_common,
     check_members,
@@ -168,7 +167,7 @@ class Automagic(LiveStorage, torch.optim.Optimizer):
             if opened.plan is None or not opened.is_looked_at:
                 opened.plan = plan = self._current_plan(len(present) == len(grads))
                 if plan.fused is not None and not any(isinstance(group["lr"], Tensor) for group in self.param_groups):
-                    told = (self.param_groups, grads, loss, *(shared[name] for name in OF_ALL))
+                    told = (self.param_groups, grads, loss, shared["max_grad_norm"], shared["lr_pool"])
                     opened.stages = plan.fused_stages(self.state, *told)
                 if opened.stages:
                     opened.stages.append(self._adapt_when_due)

@@ -95,10 +95,15 @@ def _read_row(row: Sequence[float], number: int, names: Sequence[str]) -> Event:
     return Event(int(step), code, value, threshold, _describe(code, int(value), names), number)
 
 
+def name_at(position: int, names: Sequence[str]) -> str:
+    """Returns the name of a parameter that was recorded by its position, which may be gone since."""
+    return names[position] if 0 <= position < len(names) else f"parameter {position}"
+
+
 def _describe(code: EventCode, position: int, names: Sequence[str]) -> str:
     if code is EventCode.EDGE_CASE:
         return "the rate's multiplier moves towards 0.5"
-    name = names[position] if 0 <= position < len(names) else f"parameter {position}"
+    name = name_at(position, names)
     if code is EventCode.NONFINITE_STEP:
         return f"the step was skipped: the gradient of {name} is not finite"
     return f"{STUCK_AFTER} steps in a row skipped, the last for the gradient of {name}: check data, loss and precision"

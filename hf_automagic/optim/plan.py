@@ -25,7 +25,7 @@ from .sharded_bucket import ShardedBucket, step_together
 from .storage import codecs_of_group
 from .sweep import StepInputs, Sweep
 from .tuning import BucketSums
-from .watched_state import StateWatch, WatchedState
+from .watched_state import StateWatch, WatchedState, are_same
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Plan:
         members = _members(groups, are_all_stepped)
         if self.options != [_options(group) for group in groups] or self.members[1:] != members[1:]:
             return False
-        if not all(map(operator.is_, self.members[0], members[0])):
+        if not are_same(self.members[0], members[0]):
             return False
         if self.fused is not None and self.fused.tables_hold() and not self.fused.others:
             return True  # weights that lie where they did are of the same kind

@@ -82,14 +82,15 @@ class StateWatch:
 
     def holds(self, state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         """Whether nothing was put into an entry, or in its place."""
-        if self.note.is_touched or not _are_same(list(state.values()), self.entries):
+        if self.note.is_touched or not are_same(list(state.values()), self.entries):
             return False
-        return not self.unwatched or _are_same(_tensors(self.unwatched), self.tensors)
+        return not self.unwatched or are_same(_tensors(self.unwatched), self.tensors)
 
 
 def _tensors(entries: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
     return list(itertools.chain.from_iterable(entry.values() for entry in entries))
 
 
-def _are_same(some: list[Any], others: list[Any]) -> bool:
+def are_same(some: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the very same things; tensors are not compared."""
     return len(some) == len(others) and all(map(operator.is_, some, others))

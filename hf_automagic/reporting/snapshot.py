@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optim.automagic import Automagic
-from ..optim.events import Event, read_events
+from ..optim.events import Event, name_at, read_events
 from ..optim.groups import effective_lr, parameter_names, searches
 from ..optim.roles import Role
 from ..transforms.self_tuning import element_factor
@@ -157,7 +157,7 @@ class OptimizerSnapshot:
             applied_steps=int(values["applied"]),
             skipped_steps=int(values["skipped"]),
             skipped_in_a_row=int(values["consecutive"]),
-            offender=None if offender < 0 else names[offender] if offender < len(names) else f"parameter {offender}",
+            offender=None if offender < 0 else name_at(offender, names),
             lr=dataclasses.replace(weigh_rates(rates), mean=mean),
             groups=groups,
             update_rms=math.sqrt(
